@@ -1,0 +1,1128 @@
+"""Tests of vaegan.py: each is named as the claim it checks, against an oracle that does not share its code.
+
+    pytest test_vaegan.py           CPU, no network, no data, under three minutes
+"""
+
+import ast
+import copy
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import lpips
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import vaegan
+from vaegan import (AttnBlock, AutoencoderKL, Config, DeadLeaves, Decoder, DiagonalGaussian, Encoder, ImageFolder,
+                    PatchDiscriminator, Perceptual, Trainer, UsageError, WarmUp, adaptive_weight,
+                    discriminator_step, generator_step, hinge_d_loss, hinge_g_loss, r1_penalty)
+
+HERE = Path(__file__).parent
+SMALL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1)
+OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+
+
+def small_nets(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return AutoencoderKL(**SMALL).to(dtype), PatchDiscriminator(ndf=8).to(dtype).train()
+
+
+def images(batch=2, size=32, dtype=torch.float32, seed=1):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+
+
+def random_perceptual(dtype=torch.float32):
+    """LPIPS around an untrained trunk: good for shapes and gradients, not for training."""
+    torch.manual_seed(3)
+    perceptual = Perceptual.__new__(Perceptual)
+    torch.nn.Module.__init__(perceptual)
+    perceptual.lpips = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).requires_grad_(False).eval()
+    return perceptual.to(dtype)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def quiet_posterior(vae):
+    """Posterior std e^-15: no noise, so that runs which draw it differently can be compared."""
+    with torch.no_grad():
+        vae.quant_conv.weight[4:].zero_()
+        vae.quant_conv.bias[4:].fill_(-30.0)
+
+
+def write_photos(folder, n=6, size=(60, 50), **options):
+    """n JPEGs with structure, of which each is different."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        y, x = torch.meshgrid(torch.arange(size[1]), torch.arange(size[0]), indexing="ij")
+        pixels = torch.stack([x * 3 + 20 * i, y * 4, (x + y) * (i + 1)], -1) % 256
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i:02d}.jpg", **options)
+    return folder
+
+
+# --- autoencoder
+
+
+def compvis_names(levels=4, blocks=2):
+    """The parameter names of CompVis' kl-f8, written down from the released file."""
+    norm_conv = lambda at, widen: [f"{at}.{n}" for n in ("norm1", "conv1", "norm2", "conv2") + ("nin_shortcut",) * widen]
+    names = ["quant_conv", "post_quant_conv"]
+    for net in ("encoder", "decoder"):
+        names += [f"{net}.{n}" for n in ("conv_in", "norm_out", "conv_out")]
+        names += norm_conv(f"{net}.mid.block_1", False) + norm_conv(f"{net}.mid.block_2", False)
+        names += [f"{net}.mid.attn_1.{n}" for n in ("norm", "q", "k", "v", "proj_out")]
+    for level in range(levels):
+        for block in range(blocks):
+            names += norm_conv(f"encoder.down.{level}.block.{block}", level in (1, 2) and block == 0)
+        for block in range(blocks + 1):
+            names += norm_conv(f"decoder.up.{level}.block.{block}", level in (0, 1) and block == 0)
+        names += [f"encoder.down.{level}.downsample.conv"] * (level < levels - 1)
+        names += [f"decoder.up.{level}.upsample.conv"] * (level > 0)
+    return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+
+def textbook_autoencoder(state, x, levels, blocks, encode):
+    """Encoder (to moments) or decoder of kl-f8, straight from the tensors of a state dict."""
+    conv = lambda n, h, **o: F.conv2d(h, state[n + ".weight"], state[n + ".bias"], **o)
+    norm = lambda n, h: F.group_norm(h, 32, state[n + ".weight"], state[n + ".bias"], 1e-6)
+    swish = lambda h: h * torch.sigmoid(h)
+
+    def resnet(n, h):
+        out = conv(n + ".conv1", swish(norm(n + ".norm1", h)), padding=1)
+        out = conv(n + ".conv2", swish(norm(n + ".norm2", out)), padding=1)
+        return out + (conv(n + ".nin_shortcut", h) if n + ".nin_shortcut.weight" in state else h)
+
+    def middle(net, h):
+        h = resnet(net + ".mid.block_1", h)
+        q, k, v = (conv(f"{net}.mid.attn_1.{m}", norm(net + ".mid.attn_1.norm", h)).flatten(2) for m in "qkv")
+        attention = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / q.shape[1] ** 0.5, dim=2)
+        h = h + conv(net + ".mid.attn_1.proj_out", torch.einsum("bij,bcj->bci", attention, v).reshape(h.shape))
+        return resnet(net + ".mid.block_2", h)
+
+    if encode:
+        h = conv("encoder.conv_in", x, padding=1)
+        for level in range(levels):
+            for block in range(blocks):
+                h = resnet(f"encoder.down.{level}.block.{block}", h)
+            if level < levels - 1:
+                h = conv(f"encoder.down.{level}.downsample.conv", F.pad(h, (0, 1, 0, 1)), stride=2)
+        h = middle("encoder", h)
+        return conv("quant_conv", conv("encoder.conv_out", swish(norm("encoder.norm_out", h)), padding=1))
+    h = middle("decoder", conv("decoder.conv_in", conv("post_quant_conv", x), padding=1))
+    for level in reversed(range(levels)):
+        for block in range(blocks + 1):
+            h = resnet(f"decoder.up.{level}.block.{block}", h)
+        if level > 0:
+            h = conv(f"decoder.up.{level}.upsample.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
+    return conv("decoder.conv_out", swish(norm("decoder.norm_out", h)), padding=1)
+
+
+def test_the_default_is_kl_f8_with_83653863_parameters_under_248_compvis_names():
+    with torch.device("meta"):
+        vae = AutoencoderKL()
+    assert set(vae.state_dict()) == compvis_names() and len(compvis_names()) == 248
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    assert (count(vae.encoder), count(vae.decoder), count(vae.quant_conv), count(vae.post_quant_conv), count(vae)) == (
+        34_163_592, 49_490_179, 72, 20, 83_653_863)
+    assert {m.num_groups for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
+    assert vae.last_layer is vae.decoder.conv_out.weight and vae.last_layer.shape == (3, 128, 3, 3)
+
+
+def test_encoder_and_decoder_compute_what_kl_f8_computes():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(ch=32, ch_mult=(1, 2, 2), num_res_blocks=2).double()
+    x, z = images(dtype=torch.double), torch.randn(2, 4, 4, 6, dtype=torch.double)
+    moments = textbook_autoencoder(vae.state_dict(), x, 3, 2, encode=True)
+    assert torch.allclose(vae.encode(x).mean, moments[:, :4], atol=1e-12)
+    assert torch.allclose(vae.encode(x).logvar, moments[:, 4:], atol=1e-12)
+    assert torch.allclose(vae.decode(z), textbook_autoencoder(vae.state_dict(), z, 3, 2, encode=False), atol=1e-12)
+
+
+@pytest.mark.parametrize("channels, groups", [(128, 32), (256, 32), (512, 32), (64, 32), (16, 4), (8, 2), (20, 5), (7, 1)])
+def test_group_norm_has_32_groups_where_they_fit_and_four_channels_each_elsewhere(channels, groups):
+    norm = vaegan.group_norm(channels)
+    assert (norm.num_groups, norm.eps) == (groups, 1e-6) and channels % groups == 0
+
+
+def test_attention_weighs_every_position_by_the_softmax_of_its_scaled_product():
+    torch.manual_seed(0)
+    block, x = AttnBlock(8).double(), torch.randn(2, 8, 3, 5, dtype=torch.double)
+    q, k, v = (conv(block.norm(x)).flatten(2) for conv in (block.q, block.k, block.v))
+    weights = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(8), dim=2)                     # (B, query, key)
+    assert torch.allclose(block(x), x + block.proj_out((v @ weights.transpose(1, 2)).reshape(x.shape)), atol=1e-12)
+
+
+@pytest.mark.parametrize("size, mult", [((32, 48), (1, 2)), ((32, 32), (1, 1, 2)), ((40, 24), (1, 2, 2, 1))])
+def test_shapes_are_what_the_docstrings_and_shape_comments_say(size, mult):
+    f, ch, (h, w) = 2 ** (len(mult) - 1), 8, size
+    config = dict(ch=ch, ch_mult=mult, num_res_blocks=1, z_channels=5)
+    encoder, decoder, seen = Encoder(**config), Decoder(**config), {}
+    note = lambda name: lambda module, args, out: seen.update({name: (tuple(args[0].shape), tuple(out.shape))})
+    for net, name in (encoder, "encoder"), (decoder, "decoder"):
+        for part in ("mid", "conv_out"):
+            getattr(net, part).register_forward_hook(note(f"{name}.{part}"))
+    assert encoder(torch.zeros(2, 3, h, w)).shape == (2, 10, h // f, w // f)
+    assert decoder(torch.zeros(2, 5, h // f, w // f)).shape == (2, 3, h, w)
+    assert seen["encoder.mid"][1] == seen["decoder.mid"][1] == (2, ch * mult[-1], h // f, w // f)
+    assert seen["decoder.conv_out"][0] == (2, ch * mult[0], h, w)
+    vae = AutoencoderKL(**config, embed_dim=3)
+    x_hat, posterior = vae(torch.zeros(2, 3, h, w))
+    assert x_hat.shape == (2, 3, h, w) and posterior.sample().shape == posterior.mean.shape == (2, 3, h // f, w // f)
+    assert posterior.kl().shape == (2,) and vae.last_layer.shape == (3, ch * mult[0], 3, 3)
+
+
+def test_an_image_that_the_levels_cannot_halve_is_refused():
+    with pytest.raises(ValueError, match="33×32.*2 must divide"):
+        AutoencoderKL(**SMALL)(torch.zeros(1, 3, 33, 32))
+
+
+def test_under_autocast_posterior_and_x_hat_are_fp32():
+    vae, disc = small_nets()
+    with torch.autocast("cpu", torch.bfloat16):
+        x_hat, posterior = vae(images())
+        assert {x_hat.dtype, posterior.mean.dtype, posterior.kl().dtype, disc(images()).dtype} == {torch.float32}
+
+
+# --- posterior
+
+
+def test_kl_equals_torch_distributions():
+    posterior = DiagonalGaussian(torch.randn(3, 8, 4, 5, dtype=torch.double))
+    q = torch.distributions.Normal(posterior.mean, posterior.std)
+    p = torch.distributions.Normal(torch.zeros_like(posterior.mean), 1.0)
+    assert torch.allclose(posterior.kl(), torch.distributions.kl_divergence(q, p).sum((1, 2, 3)), rtol=1e-12)
+    assert DiagonalGaussian(torch.zeros(1, 8, 2, 2)).kl().item() == 0.0
+
+
+def test_logvar_is_clamped_to_minus_30_and_20():
+    posterior = DiagonalGaussian(torch.cat([torch.zeros(1, 2, 1, 1), torch.tensor([-99.0, 99.0]).view(1, 2, 1, 1)], 1))
+    assert posterior.logvar.flatten().tolist() == [-30.0, 20.0]
+    assert torch.allclose(posterior.std.log(), posterior.logvar / 2)
+
+
+def test_samples_have_the_posteriors_mean_and_std_and_follow_the_generator():
+    posterior = DiagonalGaussian(torch.cat([torch.full((1, 1, 200, 200), 2.0), torch.full((1, 1, 200, 200), -1.0)], 1))
+    z = posterior.sample(seeded(0))
+    assert abs(z.mean() - 2.0) < 0.02 and abs(z.std() - math.exp(-0.5)) < 0.02
+    assert torch.equal(z, posterior.sample(seeded(0))) and not torch.equal(z, posterior.sample(seeded(1)))
+    assert posterior.mode() is posterior.mean
+
+
+def test_sample_false_decodes_the_mean():
+    vae, _ = small_nets()
+    x_hat, posterior = vae(images(), sample=False)
+    assert torch.equal(x_hat, vae.decode(posterior.mean)) and not torch.equal(x_hat, vae(images())[0])
+
+
+# --- discriminator
+
+
+def test_one_logit_sees_exactly_70_by_70_pixels():
+    torch.manual_seed(0)
+    disc, x = PatchDiscriminator(ndf=4).double().eval(), images(1, 160, torch.double).requires_grad_()
+    logits = disc(x)
+    gradient, = torch.autograd.grad(logits[0, 0, 9, 9], x)
+    rows, columns = (gradient.abs().sum(dim=(0, 1, other)).nonzero().flatten() for other in (3, 2))
+    assert logits.shape == (1, 1, 160 // 8 - 2, 160 // 8 - 2)
+    assert len(rows) == rows[-1] - rows[0] + 1 == 70 and len(columns) == columns[-1] - columns[0] + 1 == 70
+
+
+def test_discriminator_has_2764737_parameters_and_no_batch_statistics():
+    disc = PatchDiscriminator()
+    assert sum(p.numel() for p in disc.parameters()) == 2_764_737
+    small = PatchDiscriminator(ndf=8).eval()
+    assert torch.allclose(small(images(4))[:1], small(images(4)[:1]), atol=1e-6)
+
+
+def test_discriminator_works_at_batch_1_and_from_24_px_on():
+    assert PatchDiscriminator(ndf=8)(images(1, 24)).shape == (1, 1, 1, 1)
+    with pytest.raises(ValueError, match="23×64.*needs 24 px"):
+        PatchDiscriminator(ndf=8)(torch.zeros(1, 3, 23, 64))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_convolution_of_the_discriminator_has_spectral_norm_1_also_under_bf16(autocast):
+    _, disc = small_nets()
+    with torch.no_grad():
+        for conv in disc.convs:
+            conv.parametrizations.weight.original.mul_(7.0).add_(0.05)         # as if it had been trained
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(60):                                                     # a power iteration each
+            disc(images())
+    for conv in disc.eval().convs:
+        assert conv.parametrizations.weight[0]._u.dtype == torch.float32
+        assert abs(torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() - 1) < 1e-3
+
+
+def test_one_power_iteration_a_training_forward_and_none_in_eval():
+    _, disc = small_nets()
+    state = lambda: disc.convs[1].parametrizations.weight[0]._u.clone()
+    with torch.no_grad():
+        disc.convs[1].parametrizations.weight.original.add_(0.1)
+    before = state()
+    weight = disc.convs[1].parametrizations.weight.original.flatten(1)
+    v = disc.convs[1].parametrizations.weight[0]._v.clone()
+    disc(images())
+    assert torch.allclose(state(), F.normalize(weight @ v, dim=0), atol=1e-6) and not torch.equal(state(), before)
+    before = state()
+    disc.eval()(images())
+    assert torch.equal(state(), before)
+
+
+# --- losses
+
+
+def test_hinge_losses_have_their_textbook_values():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 0.5])
+    assert math.isclose(hinge_d_loss(real, fake).item(), 0.5 * (0 + 0.5 + 2) / 3 + 0.5 * (0 + 1 + 1.5) / 3, rel_tol=1e-6)
+    assert math.isclose(hinge_g_loss(fake).item(), 2.5 / 3, rel_tol=1e-6)
+    assert hinge_d_loss(torch.zeros(4), torch.zeros(4)).item() == 1.0
+
+
+def test_hinge_has_no_gradient_beyond_the_margin():
+    real, fake = torch.tensor([1.5, 0.5], requires_grad=True), torch.tensor([-1.5, -0.5], requires_grad=True)
+    hinge_d_loss(real, fake).backward()
+    assert real.grad.tolist() == [0.0, -0.25] and fake.grad.tolist() == [0.0, 0.25]
+
+
+def test_adaptive_weight_is_the_ratio_of_norms_with_eps_and_a_bound():
+    g_rec, g_adv = torch.randn(3, 8, 3, 3), torch.randn(3, 8, 3, 3, requires_grad=True)
+    expected = math.sqrt(sum(v * v for v in g_rec.flatten().tolist())) / (
+        math.sqrt(sum(v * v for v in g_adv.flatten().tolist())) + 1e-4)
+    lam = adaptive_weight(g_rec, g_adv)
+    assert math.isclose(lam.item(), expected, rel_tol=1e-5) and lam.shape == () and not lam.requires_grad
+    assert adaptive_weight(g_rec, torch.zeros(3)).item() == 1e4
+    assert adaptive_weight(g_rec, torch.zeros(3), eps=1.0, max_weight=2.0).item() == 2.0
+
+
+def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weight():
+    a, x = torch.randn(3, 8, 8), images(5, 8).requires_grad_()
+    assert math.isclose(r1_penalty((a * x).sum(dim=(1, 2, 3)), x).item(), a.pow(2).sum().item(), rel_tol=1e-5)
+
+
+def test_r1_trains_the_discriminator_as_finite_differences_say():
+    _, disc = small_nets(torch.double)
+    disc.eval()
+    penalty = lambda x: r1_penalty(disc(x), x)
+    x = images(2, 32, torch.double).requires_grad_()
+    bias = disc.convs[1].bias
+    gradient, = torch.autograd.grad(penalty(x), bias)
+    values = []
+    for shift in (1e-5, -2e-5):
+        with torch.no_grad():
+            bias[0] += shift
+        values.append(penalty(x).item())
+    assert abs(gradient[0].item() - (values[0] - values[1]) / 2e-5) < 1e-6 * max(1.0, values[0])
+
+
+def test_lpips_equals_the_package_and_gives_only_x_hat_a_gradient():
+    perceptual, x, x_hat = random_perceptual(), images(2, 64), images(2, 64, seed=2).requires_grad_()
+    distance = perceptual(x, x_hat)
+    assert distance.shape == (2,) and torch.allclose(distance, perceptual.lpips(x, x_hat).flatten(), rtol=1e-4)
+    x.requires_grad_()
+    perceptual(x, x_hat).sum().backward()
+    assert x.grad is None and x_hat.grad.abs().sum() > 0
+
+
+def test_lpips_has_no_trainable_parameter_and_no_dropout_even_in_a_training_parent():
+    perceptual = random_perceptual()
+    torch.nn.ModuleList([perceptual]).train()
+    assert not any(p.requires_grad for p in perceptual.parameters())
+    assert not any(module.training for module in perceptual.modules())
+    assert torch.equal(perceptual(images(), -images()), perceptual(images(), -images()))
+
+
+def test_lpips_has_a_finite_gradient_where_all_features_are_zero():
+    perceptual, x_hat = random_perceptual(), images(1, 64).requires_grad_()
+    with torch.no_grad():
+        perceptual.lpips.net.slice1[0].bias.fill_(-100.0)
+    perceptual(images(1, 64, seed=5), x_hat).sum().backward()
+    assert x_hat.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_lpips_without_weights_fails_with_the_file_its_folder_and_the_way_out(tmp_path, monkeypatch, torn):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    if torn:
+        (tmp_path / "hub/checkpoints").mkdir(parents=True)
+        (tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth").write_bytes(b"PK\3\4 cut off")
+    with pytest.raises(UsageError) as error:
+        Perceptual("squeeze")
+    for part in ("squeeze", "squeezenet1_1-b8a52dc0.pth", str(tmp_path / "hub"), "--perceptual-weight 0"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_named_lpips_files_are_those_that_torchvision_loads():
+    from torchvision import models
+    source = inspect.getsource(Perceptual)
+    for weights in (models.VGG16_Weights, models.AlexNet_Weights, models.SqueezeNet1_1_Weights):
+        assert weights.IMAGENET1K_V1.url.rsplit("/", 1)[1] in source
+
+
+# --- warm-up
+
+
+def plateau_step(losses, **options):
+    """The step at which WarmUp ends on these losses, or None."""
+    warm_up = WarmUp("plateau", **options)
+    return next((step + 1 for step, loss in enumerate(losses) if warm_up.observe(loss, step)), None)
+
+
+def noisy(curve, noise, seed):
+    return [value * math.exp(noise * torch.randn((), generator=generator).item())
+            for generator in [seeded(seed)] for value in curve]
+
+
+def test_warm_up_by_step_has_a_lead_of_d_and_a_linear_ramp():
+    warm_up = WarmUp(10, lead=5, ramp=20)
+    assert [warm_up.trains_disc(step) for step in (0, 9, 10, 99)] == [False, False, True, True]
+    assert [warm_up.weight(step) for step in (0, 10, 14, 15, 16, 25, 34, 35, 99)] == [0, 0, 0, 0, 0.05, 0.5, 0.95, 1, 1]
+    assert [WarmUp(3).weight(step) for step in (2, 3, 4)] == [0, 1, 1] and not WarmUp(3).observe(1.0, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plateau_does_not_fire_on_noise_while_the_loss_falls_and_does_once_it_is_flat(seed):
+    falling = [0.9 ** (step / 50) for step in range(1000)]                      # 10 % a window
+    losses = noisy(falling + [falling[-1]] * 500, 0.2, seed)
+    assert 1000 < plateau_step(losses, window=50) < 1500
+
+
+def test_plateau_keeps_to_the_least_and_the_largest_step():
+    assert plateau_step([1.0] * 500, window=10, least=300) in range(300, 306)
+    assert plateau_step([0.5 ** step for step in range(500)], window=10, most=123) == 123
+    assert plateau_step([0.99 ** step for step in range(500)], window=10) is None
+
+
+def test_plateau_says_why_it_fired():
+    warm_up = WarmUp(window=4)
+    assert any(warm_up.observe(1.0, step) for step in range(50)) and "0.0%" in warm_up.reason
+
+
+def test_warm_up_continues_from_its_state():
+    losses, whole = noisy([1.0] * 200, 0.3, 0), WarmUp(window=20, lead=3, ramp=7)
+    parts = WarmUp(window=20, lead=3, ramp=7)
+    for step, loss in enumerate(losses):
+        whole.observe(loss, step), parts.observe(torch.tensor(loss, dtype=torch.double), step)
+        state, parts = parts.state_dict(), WarmUp(window=20, lead=3, ramp=7)
+        parts.load_state_dict(json.loads(json.dumps(state)))
+    assert whole.start is not None and parts.state_dict() == whole.state_dict()
+
+
+# --- the step
+
+
+def textbook_step(vae, disc, x, perceptual, kl_weight, disc_weight, generator):
+    """The generator update as taming-transformers and latent-diffusion take it: the total loss in one graph, two
+    autograd.grad calls at the last layer, one large backward. LDM's sums are divided by N = 3·H·W."""
+    N = x[0].numel()
+    x_hat, posterior = vae(x, generator=generator)
+    nll = ((x - x_hat).abs() + perceptual(x, x_hat).view(-1, 1, 1, 1)).sum() / x.shape[0] / N
+    g_loss = -disc(x_hat).mean()
+    at_rec, = torch.autograd.grad(nll, vae.last_layer, retain_graph=True)
+    at_adv, = torch.autograd.grad(g_loss, vae.last_layer, retain_graph=True)
+    lam = (at_rec.norm() / (at_adv.norm() + 1e-4 / N)).clamp(0, 1e4).detach()
+    (nll + kl_weight * posterior.kl().sum() / x.shape[0] / N + disc_weight * lam * g_loss).backward()
+    return x_hat, lam
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.double, 1e-10), (torch.float, 2e-4)])
+def test_the_one_pass_step_equals_the_textbook_step(dtype, tolerance):
+    vae, disc = small_nets(dtype)
+    ours, ours_disc, perceptual = copy.deepcopy(vae), copy.deepcopy(disc), random_perceptual(dtype)
+    x_hat, lam = textbook_step(vae, disc, images(dtype=dtype), perceptual, 0.1, 0.5, seeded(7))
+    out, terms = generator_step(ours, ours_disc, images(dtype=dtype), perceptual=perceptual, kl_weight=0.1,
+                                disc_weight=0.5, generator=seeded(7))
+    assert torch.equal(out, x_hat) and abs(terms["lam"] / lam - 1) < tolerance
+    total = torch.cat([p.grad.flatten() for p in vae.parameters()]).norm()
+    for (name, p), q in zip(vae.named_parameters(), ours.parameters()):         # k's bias has none: softmax
+        assert (p.grad - q.grad).norm() <= tolerance * (p.grad.norm() + 1e-3 * total), name
+
+
+def test_the_weighted_adversarial_gradient_is_disc_weight_times_the_reconstructions_at_the_last_layer():
+    vae, disc = small_nets(torch.double)
+    gradients = {}
+    for name, options in dict(rec=dict(disc_weight=0.0), both=dict(disc_weight=0.5)).items():
+        vae.zero_grad()
+        _, terms = generator_step(vae, disc, images(dtype=torch.double), kl_weight=0.0, generator=seeded(7), **options)
+        gradients[name] = vae.last_layer.grad.clone()
+    ratio = (gradients["both"] - gradients["rec"]).norm() / gradients["rec"].norm()
+    assert abs(ratio - 0.5) < 1e-5 and abs(terms["grad_ratio"] - 0.5) < 1e-5
+    assert math.isclose(terms["w"], 0.5 * terms["lam"], rel_tol=1e-12) and terms["lam_clamped"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_lambda_cancels_the_scale_of_the_discriminator(scale):
+    vae, disc = small_nets()
+    gradients = []
+    for s in (1.0, scale):
+        vae.zero_grad()
+        _, terms = generator_step(vae, lambda x: s * disc.eval()(x), images(), generator=seeded(7))
+        gradients.append(torch.cat([p.grad.flatten() for p in vae.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm() and abs(terms["grad_ratio"] - 0.5) < 1e-3
+
+
+def test_without_adaptive_the_weight_is_disc_weight_and_grad_ratio_is_what_it_does():
+    vae, disc = small_nets()
+    _, terms = generator_step(vae, disc, images(), adaptive=False, disc_weight=3.0, generator=seeded(7))
+    assert terms["w"] == 3.0 and math.isclose(terms["grad_ratio"], 3.0 / terms["lam"], rel_tol=1e-3)
+
+
+def test_before_it_is_needed_the_discriminator_is_not_run():
+    vae, disc = small_nets()
+    calls = []
+    disc.register_forward_hook(lambda *_: calls.append(1))
+    _, terms = generator_step(vae, disc, images(), disc_weight=0.0)
+    assert not calls and "g_loss" not in terms
+
+
+def test_one_forward_and_one_backward_of_the_autoencoder_a_batch():
+    vae, disc = small_nets()
+    calls = []
+    vae.encoder.conv_in.register_forward_hook(lambda *_: calls.append("forward"))
+    vae.encoder.conv_in.weight.register_hook(lambda _: calls.append("backward"))
+    x_hat, _ = generator_step(vae, disc, images())
+    discriminator_step(disc, images(), x_hat)
+    assert calls == ["forward", "backward"] and not vae.decoder.conv_out._forward_pre_hooks
+
+
+def test_the_generator_step_leaves_no_gradient_in_d_and_the_discriminator_step_none_in_the_autoencoder():
+    vae, disc = small_nets()
+    x_hat, _ = generator_step(vae, disc, images())
+    assert all(p.grad is None for p in disc.parameters()) and not x_hat.requires_grad
+    before = [p.grad.clone() for p in vae.parameters()]
+    discriminator_step(disc, images(), vae(images())[0])
+    assert all(torch.equal(p.grad, g) for p, g in zip(vae.parameters(), before))
+    assert all(p.grad is not None for p in disc.parameters())
+
+
+def test_the_discriminator_step_is_the_gradient_of_hinge_plus_r1():
+    _, disc = small_nets(torch.double)
+    reference, x, x_hat = copy.deepcopy(disc), images(dtype=torch.double), images(dtype=torch.double, seed=2)
+    terms = discriminator_step(disc, x, x_hat, r1=10.0)
+    x = x.clone().requires_grad_()
+    logits = reference(torch.cat([x, x_hat]))
+    real, fake = logits[:2], logits[2:]
+    slope, = torch.autograd.grad(real.sum(), x, create_graph=True)
+    loss = (0.5 * (1 - real).clamp(min=0).mean() + 0.5 * (1 + fake).clamp(min=0).mean())
+    (loss + 5.0 * slope.square().sum() / 2).backward()
+    assert math.isclose(terms["d_loss"], loss, rel_tol=1e-12)
+    for p, q in zip(disc.parameters(), reference.parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_logits_and_accuracy_of_d_are_logged_as_they_are():
+    disc = lambda x: x.mean(dim=1, keepdim=True) * weight
+    weight = torch.ones((), requires_grad=True)
+    real, fake = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 0.25)
+    terms = discriminator_step(disc, real, fake)
+    assert [round(float(terms[k]), 6) for k in ("logits_real", "logits_fake", "d_acc", "d_loss")] == [0.5, 0.25, 0.5, 0.875]
+
+
+@pytest.mark.parametrize("only", ["l1", "l2", "lpips", "kl", "gan"])
+def test_every_term_reaches_the_encoder(only):
+    vae, disc = small_nets()
+    options = dict(pixel_loss="l2" if only == "l2" else "l1", kl_weight=1.0 if only == "kl" else 0.0,
+                   perceptual=random_perceptual() if only == "lpips" else None, disc_weight=float(only == "gan"))
+    x = vae(images(), generator=seeded(7))[0].detach() if only == "kl" else images()     # no other gradient
+    _, terms = generator_step(vae, disc, x, generator=seeded(7), **options)
+    assert vae.encoder.conv_in.weight.grad.abs().sum() > 0 and terms[dict(gan="g_loss").get(only, only)] != 0
+
+
+def test_l2_is_the_mean_squared_error_and_kl_is_logged_an_image_and_a_dimension():
+    vae, disc = small_nets()
+    out, terms = generator_step(vae, disc, images(), pixel_loss="l2", disc_weight=0.0, generator=seeded(7))
+    assert math.isclose(terms["rec_loss"], (images() - out).square().mean(), rel_tol=1e-6)
+    assert math.isclose(terms["l1"], (images() - out).abs().mean(), rel_tol=1e-6)
+    kl = vae.encode(images()).kl().mean().item()
+    assert math.isclose(terms["kl"], kl, rel_tol=1e-6) and math.isclose(terms["kl_dim"], kl / (4 * 16 * 16), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, scale, tolerance", [(torch.bfloat16, 1.0, 0.1), (torch.float16, 65536.0, 0.02)])
+def test_low_precision_gives_lambda_and_gradients_near_fp32(dtype, scale, tolerance):
+    gradients, lam = [], []
+    for amp, s in ((lambda: torch.autocast("cpu", enabled=False), 1.0), (lambda: torch.autocast("cpu", dtype), scale)):
+        vae, disc = small_nets()
+        _, terms = generator_step(vae, disc, images(), perceptual=random_perceptual(), generator=seeded(7), amp=amp,
+                                  loss_scale=torch.tensor(s))
+        gradients.append(torch.cat([p.grad.flatten() / s for p in vae.parameters()]))
+        lam.append(terms["lam"])
+    assert gradients[1].isfinite().all() and abs(lam[1] / lam[0] - 1) < tolerance / 2
+    assert (gradients[1] - gradients[0]).norm() < tolerance * gradients[0].norm()
+
+
+# --- trainer
+
+
+def tiny_config(**flags):
+    return Config.of("tiny", **{**dict(image_size=32, ch=8, ch_mult=(1, 2), ndf=8, batch_size=2, steps=20, disc_start=0,
+                                       disc_lead=0, disc_ramp=0, lr_warmup=0), **flags})
+
+
+def batches(n=100, batch=2, size=32):
+    return [torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=seeded(i)) for i in range(n)]
+
+
+def test_every_trainable_parameter_is_in_exactly_one_optimiser():
+    trainer = Trainer(tiny_config(), torch.device("cpu"))
+    owned = [id(p) for o in (trainer.optimiser, trainer.optimiser_disc) for g in o.param_groups for p in g["params"]]
+    owned_disc = {id(p) for g in trainer.optimiser_disc.param_groups for p in g["params"]}
+    every = [id(p) for net in (trainer.vae, trainer.disc) for p in net.parameters() if p.requires_grad]
+    assert len(owned) == len(set(owned)) and set(owned) == set(every)
+    assert owned_disc == {id(p) for p in trainer.disc.parameters()}
+    assert {o.param_groups[0]["betas"] for o in (trainer.optimiser, trainer.optimiser_disc)} == {(0.5, 0.9)}
+
+
+def test_training_on_one_batch_lowers_the_reconstruction_loss():
+    trainer = Trainer(tiny_config(disc_weight=0.0, lr=2e-3), torch.device("cpu"))
+    batch = torch.stack([DeadLeaves(32)[i] for i in range(2)])
+    losses = [trainer.update(step, itertools.repeat(batch))[0]["rec_loss"].item() for step in range(60)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_learning_rate_rises_linearly_and_d_counts_from_its_own_start():
+    trainer, stream = Trainer(tiny_config(disc_start=2, lr=1e-3, lr_warmup=4), torch.device("cpu")), iter(batches())
+    rates = []
+    for step in range(5):
+        trainer.update(step, stream)
+        rates.append([round(o.param_groups[0]["lr"] * 1e3, 6) for o in (trainer.optimiser, trainer.optimiser_disc)])
+    assert [r[0] for r in rates] == [0.25, 0.5, 0.75, 1.0, 1.0] and [r[1] for r in rates][2:] == [0.25, 0.5, 0.75]
+
+
+def test_gradients_are_clipped_and_logged_as_they_were_before():
+    trainer = Trainer(tiny_config(clip=1e-3), torch.device("cpu"))
+    terms = trainer.update(0, iter(batches()))[0]
+    for name, weights in trainer.weights.items():
+        norm = torch.cat([p.grad.flatten() for p in weights]).norm().item()
+        assert terms["grad_norm_" + name] > 2e-3 and math.isclose(norm, 1e-3, rel_tol=1e-2)
+
+
+def test_r1_acts_every_16_steps():
+    grads = []
+    for r1 in (0.0, 10.0):
+        trainer, stream = Trainer(tiny_config(r1=r1, lr=0.0, lr_disc=0.0, clip=0.0), torch.device("cpu")), iter(batches())
+        grads.append([trainer.update(step, stream)[0]["grad_norm_disc"].item() for step in range(18)])
+    assert [a == b for a, b in zip(*grads)] == [step % 16 != 0 for step in range(18)]
+
+
+def test_accumulated_batches_give_the_gradient_of_their_union():
+    gradients, images_ = [], batches(2)
+    for accumulate, stream in (2, iter(images_)), (1, iter([torch.cat(images_)])):
+        trainer = Trainer(tiny_config(disc_weight=0.0, clip=0.0, accumulate=accumulate), torch.device("cpu"))
+        quiet_posterior(trainer.vae)
+        trainer.update(0, stream)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.vae.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_the_averaged_weights_follow_their_recursion():
+    trainer, stream, expected = Trainer(tiny_config(ema=0.9), torch.device("cpu")), iter(batches()), None
+    for step in range(4):
+        trainer.update(step, stream)
+        now = trainer.vae.last_layer.detach().clone()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    assert torch.allclose(trainer.average.last_layer, expected, atol=1e-7)
+    assert torch.equal(trainer.checkpoint(4)["state_dict"]["decoder.conv_out.weight"], trainer.average.last_layer)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_runs_in_low_precision(precision):
+    trainer, stream = Trainer(tiny_config(precision=precision), torch.device("cpu")), iter(batches())
+    rows = [(step, terms) for step in range(6) for terms in trainer.update(step, stream)]
+    assert math.isfinite(vaegan.summarise(rows, trainer.scaler.is_enabled())["grad_norm_dec"])
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in trainer.vae.parameters())
+
+
+def test_a_step_that_fp16s_scaler_skips_is_no_failure_and_changes_no_weight():
+    trainer, stream = Trainer(tiny_config(precision="fp16"), torch.device("cpu")), iter(batches())
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0 ** 60})
+    before = trainer.vae.last_layer.clone()
+    skipped = trainer.update(0, stream)
+    assert torch.equal(trainer.vae.last_layer, before) and trainer.scaler.get_scale() == 2.0 ** 59
+    assert not math.isfinite(skipped[0]["grad_norm_dec"])
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 1024.0})
+    good = trainer.update(1, stream)
+    assert math.isfinite(vaegan.summarise([(0, skipped[0]), (1, good[0])], scaled=True)["grad_norm_dec"])
+    with pytest.raises(FloatingPointError, match="step 1: .*grad_norm_dec"):
+        vaegan.summarise([(0, skipped[0])], scaled=True)
+
+
+def test_a_term_that_is_not_finite_stops_with_its_name_and_step():
+    row = lambda **terms: {name: torch.tensor(value) for name, value in terms.items()}
+    with pytest.raises(FloatingPointError, match="step 8: lpips, kl not finite; all terms: l1 0.5, lpips nan, kl inf"):
+        vaegan.summarise([(6, row(l1=1.0)), (7, row(l1=0.5, lpips=math.nan, kl=math.inf))], scaled=True)
+    assert vaegan.summarise([(0, row(a=1.0)), (1, row(a=3.0, b=5.0))]) == dict(a=2.0, b=5.0)
+
+
+def two_ranks(rank, folder, stream):
+    """One of two processes; its batches are its halves of `stream`."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    trainer = Trainer(tiny_config(clip=0.0), torch.device("cpu"), rank, 2)
+    quiet_posterior(trainer.vae)
+    terms = trainer.update(0, iter([images_[rank * 2:rank * 2 + 2] for images_ in stream]))[0]
+    gradients = [[p.grad.clone() for p in net.parameters()] for net in (trainer.vae, trainer.disc)]
+    for step in range(1, 3):
+        trainer.update(step, iter([images_[rank * 2:rank * 2 + 2] for images_ in stream[step:]]))
+    summary = vaegan.summarise([(0, terms)])
+    torch.save((terms, gradients, trainer.vae.state_dict(), trainer.disc.state_dict(), summary), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path):
+    stream = batches(3, batch=4)
+    torch.multiprocessing.spawn(two_ranks, (str(tmp_path), stream), nprocs=2)
+    (terms, gradients, vae, disc, summary), other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for ours, theirs in (vae, other[2]), (disc, other[3]):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)                  # after three updates
+    assert terms["lam"] == other[0]["lam"] and summary == other[4]
+    one = Trainer(tiny_config(clip=0.0, batch_size=4), torch.device("cpu"))
+    quiet_posterior(one.vae)
+    expected = one.update(0, iter(stream))[0]
+    for name in ("lam", "grad_ratio", "l1", "kl", "d_loss", "grad_norm_dec", "grad_norm_disc"):
+        assert math.isclose(summary[name], expected[name], rel_tol=1e-4), name
+    for net, ours in zip((one.vae, one.disc), gradients):
+        for p, gradient in zip(net.parameters(), ours):
+            assert (gradient - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-9
+
+
+# --- data
+
+
+def test_images_of_every_kind_become_rgb(tmp_path):
+    size, expect = (40, 32), {}
+    def put(name, image, rgb, **options):
+        image.save(tmp_path / name, **options)
+        expect[name] = rgb
+    put("a_grey.png", Image.new("L", size, 100), (100, 100, 100))
+    put("b_16bit.png", Image.fromarray(torch.full(size[::-1], 100 * 257, dtype=torch.int32).numpy().astype("uint16")),
+        (100, 100, 100))
+    put("c_cmyk.jpg", Image.new("CMYK", size, (255, 0, 0, 0)), (0, 255, 255), quality=100)
+    put("d_alpha.png", Image.new("RGBA", size, (200, 0, 0, 0)), (255, 255, 255))
+    put("e_half.png", Image.new("RGBA", size, (200, 0, 0, 128)), (227, 127, 127))
+    palette = Image.new("P", size, 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30] + [0] * 750)
+    put("f_palette.png", palette, (10, 200, 30))
+    put("g_palette_transparent.gif", palette, (255, 255, 255), transparency=1)
+    put("h_bilevel.bmp", Image.new("1", size, 1), (255, 255, 255))
+    put("i_UPPER.TIFF", Image.new("RGB", size, (1, 2, 3)), (1, 2, 3))
+    put("j_grey_alpha.png", Image.new("LA", size, (0, 0)), (255, 255, 255))
+    data = ImageFolder(tmp_path, 32, train=False)
+    assert [Path(file).name for file in data.files] == sorted(expect)
+    for i, name in enumerate(sorted(expect)):
+        assert data[i].shape == (3, 32, 32) and data[i].dtype == torch.uint8
+        assert (data[i].float() - torch.tensor(expect[name]).view(3, 1, 1)).abs().max() <= 3, name
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image, exif = Image.new("RGB", (32, 32), "black"), Image.Exif()
+    image.paste("white", (0, 0, 32, 16))                                        # white above
+    exif[0x0112] = 6                                                            # to be turned clockwise
+    image.save(tmp_path / "a.png", exif=exif)
+    picture = ImageFolder(tmp_path, 32, train=False)[0]
+    assert picture[:, :, 16:].min() == 255 and picture[:, :, :16].max() == 0    # white at the right
+
+
+def test_small_and_extreme_images_are_enlarged_whole_and_others_are_not_scaled(tmp_path):
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (1, 3000), "red").save(tmp_path / "b.png")
+    checker = torch.arange(50 * 70).reshape(50, 70) % 251
+    Image.fromarray(checker.to(torch.uint8).numpy()).save(tmp_path / "c.png")
+    data = ImageFolder(tmp_path, 32, train=False)
+    assert [data[i].shape for i in range(3)] == [(3, 32, 32)] * 3
+    assert torch.equal(data[2][0].long(), checker[9:41, 19:51])                 # the centre, pixel by pixel
+    train = ImageFolder(tmp_path, 32)
+    for crop in (train[i] for i in range(30) if len(train[i].unique()) > 2):
+        patches = checker.unfold(0, 32, 1).unfold(1, 32, 1).reshape(-1, 32, 32)
+        assert any((patches == c.long()).all(dim=(1, 2)).any() for c in (crop[0], crop[0].flip(1)))
+
+
+def test_large_jpegs_are_decoded_small(tmp_path):
+    write_photos(tmp_path, 1, (1000, 800))
+    assert ImageFolder(tmp_path, 32, train=False).decode(tmp_path / "00.jpg").size == (125, 100)
+    assert ImageFolder(tmp_path, 400, train=False).decode(tmp_path / "00.jpg").size == (1000, 800)
+
+
+def test_a_broken_file_is_reported_once_and_replaced(tmp_path, capfd):
+    write_photos(tmp_path, 4)
+    (tmp_path / "01.jpg").write_bytes((tmp_path / "01.jpg").read_bytes()[:300])
+    (tmp_path / "02.jpg").write_text("no image")
+    data = ImageFolder(tmp_path, 32, train=False)
+    pictures = [data[i] for i in list(range(4)) * 2]
+    assert torch.equal(pictures[1], pictures[3]) and torch.equal(pictures[2], pictures[3])
+    assert not torch.equal(pictures[0], pictures[3])
+    report = capfd.readouterr().err
+    assert report.count("01.jpg") == report.count("02.jpg") == 1 and report.count("skipped") == 2
+
+
+def test_workers_report_a_broken_file_once_and_change_no_sample(tmp_path, capfd):
+    write_photos(tmp_path, 5)
+    (tmp_path / "03.jpg").write_text("no image")
+    samples = []
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(ImageFolder(tmp_path, 32, seed=1), num_workers=workers,
+                                             batch_sampler=[range(i, i + 3) for i in range(0, 24, 3)])
+        samples.append(torch.cat(list(loader)))
+    assert torch.equal(*samples) and capfd.readouterr().err.count("03.jpg") in (2, 3)       # two data sets; a race
+
+
+def test_training_crops_are_endless_shuffled_passes_that_depend_on_seed_and_index_alone(tmp_path):
+    for i in range(7):
+        Image.new("RGB", (40, 40), (i * 30, 0, 0)).save(tmp_path / f"{i}.png")
+    data, again = ImageFolder(tmp_path, 32, seed=3), ImageFolder(tmp_path, 32, seed=3)
+    passes = [[int(data[i][0].max()) // 30 for i in range(7 * epoch, 7 * epoch + 7)] for epoch in range(6)]
+    assert all(sorted(one) == list(range(7)) for one in passes) and len({tuple(one) for one in passes}) > 1
+    assert all(torch.equal(data[i], again[i]) for i in (30, 2, 11))             # any order
+    other = ImageFolder(tmp_path, 32, seed=4)
+    assert any(not torch.equal(data[i], other[i]) for i in range(7))
+
+
+def test_training_crops_move_and_flip(tmp_path):
+    write_photos(tmp_path, 1)
+    data = ImageFolder(tmp_path, 32)
+    ramps = [(data[i][1].float().diff(dim=0).median() > 0, data[i][0].float().diff(dim=1).median() > 0) for i in range(40)]
+    assert all(down for down, _ in ramps) and 8 < sum(bool(right) for _, right in ramps) < 32
+    assert len({data[i].float().mean().item() for i in range(20)}) > 10
+
+
+def test_every_20th_file_is_held_out_and_nothing_is_in_both_sets(tmp_path):
+    write_photos(tmp_path / "a", 21)
+    write_photos(tmp_path / "b" / "deeper", 20)
+    train, val = (ImageFolder(tmp_path, 32, train, hold_out=20) for train in (True, False))
+    assert len(train) == 38 and len(val) == 3 and not set(train.files) & set(val.files)
+    single = write_photos(tmp_path / "c", 1)
+    assert len(ImageFolder(single, 32, True, hold_out=20)) == len(ImageFolder(single, 32, False, hold_out=20)) == 1
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    write_photos(tmp_path / "elsewhere", 2)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    assert len(ImageFolder(tmp_path / "data", 32)) == 2
+
+
+@pytest.mark.parametrize("content, message", [(None, "no such folder"), ("", "no image files"), ("x", "none can be decoded")])
+def test_a_folder_without_a_readable_image_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / ("a.jpg" if content else "a.txt")).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        ImageFolder(tmp_path / "data", 32)
+
+
+def test_dead_leaves_are_a_function_of_seed_and_index():
+    data, again = DeadLeaves(48, seed=1), DeadLeaves(48, seed=1)
+    data[5]
+    assert torch.equal(data[3], again[3]) and data[3].shape == (3, 48, 48) and data[3].dtype == torch.uint8
+    assert not torch.equal(data[3], data[4]) and not torch.equal(data[3], DeadLeaves(48, seed=2)[3])
+
+
+def test_dead_leaves_have_the_power_spectrum_of_photographs():
+    grey = torch.stack([DeadLeaves(128)[i].float().mean(0) for i in range(16)])
+    window = torch.outer(torch.hann_window(128), torch.hann_window(128))
+    power = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * window).abs().square().mean(0)
+    frequency = torch.hypot(torch.fft.fftfreq(128)[:, None], torch.fft.fftfreq(128)) * 128
+    band = lambda low, high: power[(frequency >= low) & (frequency < high)].mean().log2().item()
+    slope = (band(16, 32) - band(4, 8)) / 2                                     # an octave
+    assert -3.2 < slope < -1.6                                                  # photographs: about -2, Field 1987
+
+
+def test_uint8_becomes_minus_one_to_one():
+    x = vaegan.to_model(torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1), "cpu")
+    assert torch.allclose(x.flatten(), torch.tensor([-1.0, 1.0, -0.6]))
+
+
+# --- measures
+
+
+def test_psnr_equals_its_definition():
+    x, y = images(3), images(3, seed=2)
+    for value, a, b in zip(vaegan.psnr(x, y), x, y):
+        mse = sum(((p - q) / 2) ** 2 for p, q in zip(a.flatten().tolist(), b.flatten().tolist())) / a.numel()
+        assert math.isclose(value, 10 * math.log10(1 / mse), rel_tol=1e-5)
+    assert math.isclose(vaegan.psnr(x, x)[0], 100.0, rel_tol=1e-6)
+
+
+def test_ssim_equals_a_loop_over_windows():
+    x, y = images(1, 14, torch.double), images(1, 14, torch.double, seed=2)
+    y = 0.6 * x + 0.4 * y
+    g = [math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)]
+    weight = torch.tensor([[a * b for a in g] for b in g], dtype=torch.double) / sum(g) ** 2
+    total = []
+    for channel, i, j in itertools.product(range(3), range(4), range(4)):
+        p, q = ((im[0, channel, i:i + 11, j:j + 11] + 1) / 2 for im in (x, y))
+        mp, mq = (weight * p).sum(), (weight * q).sum()
+        vp, vq, c = ((weight * (a - ma) * (b - mb)).sum() for a, ma, b, mb in ((p, mp, p, mp), (q, mq, q, mq), (p, mp, q, mq)))
+        total.append((2 * mp * mq + 1e-4) * (2 * c + 9e-4) / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
+    assert math.isclose(vaegan.ssim(x, y).item(), sum(total) / len(total), rel_tol=1e-9)
+    assert math.isclose(vaegan.ssim(x, x).item(), 1.0, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("cycles, share", [(0.1, 0.0), (0.2, 0.0), (0.3, 1.0), (0.45, 1.0)])
+def test_high_frequency_energy_counts_what_lies_above_half_of_nyquist(cycles, share):
+    wave = torch.sin(2 * math.pi * cycles * torch.arange(64.0, dtype=torch.double)).expand(1, 3, 64, 64)
+    window = torch.outer(torch.hann_window(64, False), torch.hann_window(64, False)).double()
+    total = (wave * window).square().mean()                                     # Parseval
+    assert abs(vaegan.high_frequency_energy(wave).item() / total.item() - share) < 0.01
+
+
+def known_posterior(mean, std):
+    vae, _ = small_nets()
+    with torch.no_grad():
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.bias.copy_(torch.tensor([mean] * 4 + [2 * math.log(std)] * 4))
+    return vae
+
+
+def test_evaluate_measures_every_image_and_the_scaling_factor_of_a_known_posterior(tmp_path):
+    data, vae = DeadLeaves(32, length=20), known_posterior(3.0, 0.25)
+    measured = vaegan.evaluate(vae, data, perceptual=random_perceptual(), batch_size=7, save_to=tmp_path)
+    assert measured["images"] == 20 and math.isclose(measured["scaling_factor"], 4.0, rel_tol=0.02)
+    assert math.isclose(measured["kl_dim"], 0.5 * (9 + 0.0625 - 1 - 2 * math.log(0.25)), rel_tol=1e-5)
+    x = vaegan.to_model(torch.stack([data[i] for i in range(20)]), "cpu")
+    with torch.no_grad():
+        x_hat = vae.decode(vae.encode(x).mean).clamp(-1, 1)
+    assert math.isclose(measured["psnr"], vaegan.psnr(x, x_hat).mean(), rel_tol=1e-5)
+    energy = vaegan.high_frequency_energy
+    assert math.isclose(measured["sharpness"], energy(x_hat).sum() / energy(x).sum(), rel_tol=1e-4) and measured["lpips"] > 0
+    assert len(list((tmp_path / "input").iterdir())) == len(list((tmp_path / "reconstruction").iterdir())) == 20
+    assert torch.equal(ImageFolder(tmp_path / "input", 32, train=False)[13], data[13])
+
+
+# --- the file itself
+
+
+def definitions():
+    source = (HERE / "vaegan.py").read_text(encoding="utf8")
+    tree = ast.parse(source)
+    return source, tree, {node.name: ast.get_source_segment(source, node) if not getattr(node, "decorator_list", 0) else
+                          "\n".join(source.splitlines()[node.decorator_list[0].lineno - 1:node.end_lineno])
+                          for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+
+
+ALONE = {           # what to run with each class and function that is cut out
+    "UsageError": "raise_it = UsageError('x')", "arg": "arg('g', 1, 'help')", "step_or_plateau": "step_or_plateau('3')",
+    "Config": "assert Config.of('tiny').image_size == 64 and Config().ch == 128",
+    "group_norm": "group_norm(64)(torch.zeros(1, 64, 2, 2))",
+    "ResnetBlock": "ResnetBlock(8, 16)(torch.zeros(1, 8, 4, 4))", "AttnBlock": "AttnBlock(8)(torch.zeros(1, 8, 4, 4))",
+    "Downsample": "Downsample(8)(torch.zeros(1, 8, 4, 4))", "Upsample": "Upsample(8)(torch.zeros(1, 8, 4, 4))",
+    "named": "named(a=torch.nn.ReLU())", "blocks": "blocks(8, 16, 2)(torch.zeros(1, 8, 4, 4))",
+    "middle": "middle(8)(torch.zeros(1, 8, 4, 4))",
+    "Encoder": "Encoder(3, 8, (1, 2), 1)(torch.zeros(1, 3, 8, 8))",
+    "Decoder": "Decoder(3, 8, (1, 2), 1)(torch.zeros(1, 4, 4, 4))",
+    "DiagonalGaussian": "DiagonalGaussian(torch.zeros(1, 8, 2, 2)).kl()",
+    "AutoencoderKL": "AutoencoderKL(ch=8, ch_mult=(1, 2))(torch.zeros(1, 3, 8, 8))",
+    "PatchDiscriminator": "PatchDiscriminator(ndf=4)(torch.zeros(1, 3, 32, 32))",
+    "hinge_d_loss": "hinge_d_loss(torch.zeros(2), torch.zeros(2))", "hinge_g_loss": "hinge_g_loss(torch.zeros(2))",
+    "adaptive_weight": "adaptive_weight(torch.ones(2), torch.ones(2))",
+    "r1_penalty": "x = torch.ones(1, 3, 4, 4, requires_grad=True); r1_penalty((x ** 2).sum((1, 2, 3)), x)",
+    "Perceptual": "p = Perceptual.__new__(Perceptual); torch.nn.Module.__init__(p); import lpips\n"
+                  "p.lpips = lpips.LPIPS(net='squeeze', pnet_rand=True, verbose=False)\n"
+                  "p.train()(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32))",
+    "WarmUp": "w = WarmUp(3, ramp=2); assert w.weight(4) == 0.5",
+    "seed_of": "seed_of(1, 2)", "ImageFolder": "ImageFolder(folder, 32)[0]; ImageFolder(folder, 32, train=False)[0]",
+    "DeadLeaves": "DeadLeaves(32)[0]", "to_model": "to_model(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 'cpu')",
+    "average_over_ranks": "average_over_ranks(torch.ones(2))",
+    "generator_step": "v = vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)); d = vaegan.PatchDiscriminator(ndf=4)\n"
+                      "generator_step(v, d, torch.zeros(1, 3, 32, 32))",
+    "discriminator_step": "d = vaegan.PatchDiscriminator(ndf=4)\n"
+                          "discriminator_step(d, torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32), r1=1.0)",
+    "psnr": "psnr(torch.zeros(1, 3, 12, 12), torch.ones(1, 3, 12, 12))",
+    "ssim": "ssim(torch.zeros(1, 3, 12, 12), torch.ones(1, 3, 12, 12))",
+    "high_frequency_energy": "high_frequency_energy(torch.zeros(1, 3, 12, 12))",
+    "save_png": "save_png(torch.zeros(3, 4, 4), Path(folder) / 'out.png')",
+    "evaluate": "evaluate(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))",
+    "summarise": "summarise([(0, dict(a=torch.ones(())))])",
+    "save": "save(dict(a=1), Path(folder) / 'a.pt')",
+    "load": "torch.save(dict(state_dict={}, config={}, step=1, training={}), folder + '/b.pt'); load(folder + '/b.pt')",
+    "autoencoder": "autoencoder(vaegan.Config.of('tiny', ch=8))", "launch": "launch(vaegan.Config(device='cpu'))",
+    "open_data": "open_data(vaegan.Config.of('tiny', data=folder))",
+    "Parser": "Parser(prog='x')",
+}
+WHOLE = {"Trainer", "train", "eval_command", "parse", "main"}               # need everything, and say so
+
+
+def test_every_definition_runs_when_cut_out_with_what_its_docstring_names(tmp_path):
+    source, tree, parts = definitions()
+    assert set(parts) == set(ALONE) | WHOLE
+    imports = "\n".join(ast.unparse(n) for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)))
+    needs = {node.name: re.findall(r"\w+", (ast.get_docstring(node) or "").partition("Needs:")[2].replace("\n", " "))
+             for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    folder = str(write_photos(tmp_path / "photos", 3))
+    for name, usage in ALONE.items():
+        take, queue = [], [name]
+        while queue:
+            take.append(queue.pop())
+            queue += [n for n in needs[take[-1]] if n in parts and n not in take]
+        code = imports + "\n\n" + "\n\n\n".join(text for n, text in parts.items() if n in take)
+        names = {"folder": folder, "vaegan": vaegan, "__name__": "cut_out"}
+        try:
+            exec(compile(code, name, "exec"), names)
+            exec(usage, names)
+        except NameError as error:
+            raise AssertionError(f"{name} needs more than its docstring names: {error}")
+
+
+def test_importing_does_nothing():
+    _, tree, _ = definitions()
+    kinds = {type(node).__name__ for node in tree.body[1:-1]}
+    assert kinds == {"Import", "ImportFrom", "ClassDef", "FunctionDef"}
+    assert ast.unparse(tree.body[-1].test) == "__name__ == '__main__'"
+
+
+def test_every_public_definition_has_a_docstring():
+    _, tree, _ = definitions()
+    assert not [n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and not ast.get_docstring(n)]
+
+
+def test_checkpoints_are_read_as_weights_only():
+    source, _, _ = definitions()
+    assert source.count("torch.load(") == source.count("weights_only=True") == 1
+
+
+# --- the command line
+
+
+def command(*arguments, **environment):
+    return subprocess.Popen([sys.executable, str(HERE / "vaegan.py"), *map(str, arguments)], text=True, encoding="utf8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=environment.pop("cwd", None),
+                            env={**os.environ, **OFFLINE, "PYTHONIOENCODING": "utf8", "OMP_NUM_THREADS": "1", **environment})
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def tiny_flags(out, *more):
+    return ["train", "--preset", "tiny", "--image-size", 32, "--ch", 8, "--ch-mult", 1, 2, "--ndf", 8, "--batch-size", 2,
+            "--log-every", 2, "--sample-every", 4, "--save-every", 4, "--disc-start", 2, "--disc-lead", 1, "--disc-ramp", 2,
+            "--out", out, *more]
+
+
+def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
+    photos, out = write_photos(tmp_path / "photos", 6), tmp_path / "run"
+    flags = tiny_flags(out, "--data", photos, "--workers", 1)
+    status, printed, err = finish(command(*flags, "--steps", 6))
+    assert status == 0, err
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "last.pt", "best.pt"}
+    assert {p.name for p in (out / "samples").iterdir()} == {"0000004.png", "0000006.png"}
+    assert Image.open(out / "samples/0000006.png").size == (32, 64)             # one held-out image, x above x̂
+    config = json.loads((out / "config.json").read_text())
+    assert (config["preset"], config["ch"], config["steps"]) == ("tiny", 8, 6)
+    status, printed, err = finish(command(*flags, "--steps", 8))
+    assert status == 0 and "continues after step 6 of 8" in printed and "--steps 6 -> 8" in printed, err
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [2, 4, 6, 8]
+    promised = {"l1", "l2", "lpips", "kl", "kl_dim", "lr", "images_per_s", "grad_norm_enc", "grad_norm_dec"}
+    assert promised <= records[0].keys() and "g_loss" not in records[0]
+    assert promised | {"g_loss", "d_loss", "logits_real", "logits_fake", "d_acc", "lam", "w", "grad_ratio",
+                       "grad_norm_disc", "val_psnr", "val_ssim", "val_sharpness"} <= records[3].keys()
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert checkpoint.keys() >= {"state_dict", "config", "step", "scaling_factor", "training"} and checkpoint["step"] == 8
+    AutoencoderKL(ch=8, ch_mult=(1, 2), num_res_blocks=1).load_state_dict(checkpoint["state_dict"])
+
+
+def test_eval_prints_one_table_and_saves_both_sets_of_images(tmp_path):
+    photos, out = write_photos(tmp_path / "photos", 3), tmp_path / "run"
+    assert finish(command(*tiny_flags(out, "--steps", 2)))[0] == 0               # dead leaves: no data needed
+    status, printed, err = finish(command("eval", "--checkpoint", out / "best.pt", "--data", photos, "--save",
+                                          tmp_path / "saved", TORCH_HOME=str(tmp_path)))
+    assert status == 0 and "step 2: 3 centre crops of 32 px" in printed, err
+    for row in (r"PSNR, dB +\d+\.\d+", r"SSIM +-?0\.\d+", r"LPIPS \(alex\) +not measured: .*alexnet-owt", r"sharpness, x̂ / x +\d",
+                r"KL, nats a latent dimension +\d", r"scaling factor, 1/std of z +\d"):
+        assert re.search(row, printed), row
+    assert {p.name for p in (tmp_path / "saved").iterdir()} == {"input", "reconstruction"}
+
+
+def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(tmp_path):
+    photos, empty, out = write_photos(tmp_path / "photos", 2), tmp_path / "empty", tmp_path / "run"
+    empty.mkdir()
+    (tmp_path / "foreign.pt").write_bytes(b"no checkpoint")
+    torch.save(dict(weights=torch.zeros(1)), tmp_path / "other.pt")
+    cases = {
+        "no such folder": ["--data", tmp_path / "nowhere"], "no image files": ["--data", empty],
+        "--image-size 33": ["--image-size", 33], "--image-size 16": ["--image-size", 16],
+        "empty: no image files": ["--data", photos, "--val", empty], "--preset": ["--preset", "huge"],
+        "--perceptual-net": ["--perceptual-net", "resnet"], "--precision": ["--precision", "fp8"],
+        "--batch-size 0": ["--batch-size", 0], "--learning-rate": ["--learning-rate", 1],
+        "squeezenet1_1-b8a52dc0.pth": ["--perceptual-weight", 1, "--perceptual-net", "squeeze"],
+        "--device cuda": ["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "quantum"],
+        "nowhere.pt": None, "foreign.pt": None, "other.pt": None}
+    running = {text: command(*(tiny_flags(out, *more) if more else ["eval", "--checkpoint", tmp_path / text]),
+                             TORCH_HOME=str(empty)) for text, more in cases.items()}
+    for text, process in running.items():
+        status, printed, err = finish(process)
+        assert status == 2 and text in err and err.count("\n") == 1 and "Traceback" not in err, (text, err)
+    assert not out.exists()
+
+
+def test_a_checkpoint_of_another_width_is_named_and_left_alone(tmp_path):
+    assert finish(command(*tiny_flags(tmp_path / "run", "--steps", 2)))[0] == 0
+    before = (tmp_path / "run/last.pt").read_bytes()
+    status, _, err = finish(command(*tiny_flags(tmp_path / "run", "--steps", 4, "--ch", 16)))
+    assert status == 2 and "--ch 16" in err and "trained with 8" in err and err.count("\n") == 1
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+    assert finish(command(*tiny_flags(tmp_path / "run", "--steps", 2, "--ch", 16, "--no-resume")))[0] == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_status_3_and_keeps_the_last_save(tmp_path):
+    assert finish(command(*tiny_flags(tmp_path / "run", "--steps", 4)))[0] == 0
+    before = (tmp_path / "run/last.pt").read_bytes()
+    status, _, err = finish(command(*tiny_flags(tmp_path / "run", "--steps", 40, "--lr", "1e30", "--clip", 0)))
+    assert status == 3 and re.search(r"step \d+: .*l1.* not finite; all terms: l1 ", err) and "Traceback" not in err
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_torchrun_trains_two_processes_into_one_folder(tmp_path):
+    flags = tiny_flags(tmp_path / "run", "--steps", 4, "--accumulate", 2)
+    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+                              "--standalone", HERE / "vaegan.py", *map(str, flags)], capture_output=True, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0 and process.stdout.count("2 × cpu") == 1, process.stderr
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
+
+
+def test_help_explains_every_flag_and_names_both_presets_values():
+    status, printed, _ = finish(command("train", "--help"))
+    assert status == 0 and "(sd: 256, tiny: 64)" in printed
+    for f in Config.__dataclass_fields__.values():
+        assert "--" + f.name.replace("_", "-") in printed and len(f.metadata["help"]) > 15
+
+
+def test_presets_come_first_and_flags_go_over_them():
+    assert (Config.of("sd").ch, Config.of("sd").ch_mult, Config.of("sd").image_size) == (128, (1, 2, 4, 4), 256)
+    assert (Config.of("sd").kl_weight, Config.of("sd").disc_weight, Config.of("sd").perceptual_weight) == (1e-6, 0.5, 1.0)
+    assert (Config.of("tiny").image_size, Config.of("tiny").perceptual_weight) == (64, 0.0)
+    assert Config.of("tiny", image_size=128).image_size == 128 and Config.of("tiny", ch=8).ch == 8
+
+
+# --- the README
+
+
+def test_every_flag_and_every_logged_number_of_the_readme_exists_and_the_other_way_round():
+    readme = (HERE / "README.md").read_text(encoding="utf8")
+    source = definitions()[0]
+    for flag in set(re.findall(r"`?vaegan.py [^\n`]*", readme)):
+        for name in re.findall(r"--([a-z0-9-]+)", flag):
+            assert f"\"--{name}\"" in source or name.replace("-", "_") in Config.__dataclass_fields__, name
+    table = set(re.findall(r"^\| `(\w+)`", readme, re.M))
+    logged = set(re.findall(r"\b(l1|l2|lpips|rec_loss|kl|kl_dim|g_loss|d_loss|logits_real|logits_fake|d_acc|lam|lam_clamped|w|"
+                            r"grad_ratio|lr|images_per_s)=", source))
+    logged |= {"grad_norm_enc", "grad_norm_dec", "grad_norm_disc", "val_psnr", "val_ssim", "val_lpips", "val_sharpness"}
+    assert logged <= table, logged - table
