@@ -247,7 +247,7 @@ def test_discriminator_has_2764737_parameters_and_no_batch_statistics():
 
 def test_discriminator_works_at_batch_1_and_from_24_px_on():
     assert PatchDiscriminator(ndf=8)(images(1, 24)).shape == (1, 1, 1, 1)
-    with pytest.raises(ValueError, match="23×64.*needs 24 px"):
+    with pytest.raises(ValueError, match="23×64.*at least 24 px"):
         PatchDiscriminator(ndf=8)(torch.zeros(1, 3, 23, 64))
 
 
@@ -551,17 +551,27 @@ def test_l2_is_the_mean_squared_error_and_kl_is_logged_an_image_and_a_dimension(
     assert math.isclose(terms["kl"], kl, rel_tol=1e-6) and math.isclose(terms["kl_dim"], kl / (4 * 16 * 16), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("dtype, scale, tolerance", [(torch.bfloat16, 1.0, 0.1), (torch.float16, 65536.0, 0.02)])
+@pytest.mark.parametrize("dtype, scale, tolerance", [(torch.bfloat16, 1.0, 0.15), (torch.float16, 65536.0, 0.02)])
 def test_low_precision_gives_lambda_and_gradients_near_fp32(dtype, scale, tolerance):
     gradients, lam = [], []
     for amp, s in ((lambda: torch.autocast("cpu", enabled=False), 1.0), (lambda: torch.autocast("cpu", dtype), scale)):
         vae, disc = small_nets()
-        _, terms = generator_step(vae, disc, images(), perceptual=random_perceptual(), generator=seeded(7), amp=amp,
-                                  loss_scale=torch.tensor(s))
+        _, terms = generator_step(vae, disc, images(), generator=seeded(7), amp=amp, loss_scale=torch.tensor(s))
         gradients.append(torch.cat([p.grad.flatten() / s for p in vae.parameters()]))
         lam.append(terms["lam"])
     assert gradients[1].isfinite().all() and abs(lam[1] / lam[0] - 1) < tolerance / 2
     assert (gradients[1] - gradients[0]).norm() < tolerance * gradients[0].norm()
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 65536.0)])
+def test_all_losses_and_lambda_are_fp32_in_low_precision(dtype, scale):
+    vae, disc = small_nets()
+    amp = lambda: torch.autocast("cpu", dtype)
+    x_hat, terms = generator_step(vae, disc, images(), perceptual=random_perceptual(), amp=amp, loss_scale=torch.tensor(scale))
+    terms |= discriminator_step(disc, images(), x_hat, amp=amp, loss_scale=torch.tensor(scale))
+    assert {value.dtype for value in terms.values()} == {x_hat.dtype} == {torch.float32}
+    assert all(p.grad.isfinite().all() for net in (vae, disc) for p in net.parameters())
+    assert math.isclose(terms["lpips"], random_perceptual()(images(), x_hat).mean(), rel_tol=1e-5)
 
 
 # --- trainer
@@ -594,7 +604,7 @@ def test_training_on_one_batch_lowers_the_reconstruction_loss():
 
 
 def test_learning_rate_rises_linearly_and_d_counts_from_its_own_start():
-    trainer, stream = Trainer(tiny_config(disc_start=2, lr=1e-3, lr_warmup=4), torch.device("cpu")), iter(batches())
+    trainer, stream = Trainer(tiny_config(disc_start=2, lr=1e-3, lr_disc=1e-3, lr_warmup=4), torch.device("cpu")), iter(batches())
     rates = []
     for step in range(5):
         trainer.update(step, stream)
@@ -766,7 +776,7 @@ def test_a_broken_file_is_reported_once_and_replaced(tmp_path, capfd):
     assert torch.equal(pictures[1], pictures[3]) and torch.equal(pictures[2], pictures[3])
     assert not torch.equal(pictures[0], pictures[3])
     report = capfd.readouterr().err
-    assert report.count("01.jpg") == report.count("02.jpg") == 1 and report.count("skipped") == 2
+    assert [len(re.findall(f"skipped .*{n}.jpg: ", report)) for n in ("00", "01", "02")] == [0, 1, 1]
 
 
 def test_workers_report_a_broken_file_once_and_change_no_sample(tmp_path, capfd):
@@ -777,7 +787,7 @@ def test_workers_report_a_broken_file_once_and_change_no_sample(tmp_path, capfd)
         loader = torch.utils.data.DataLoader(ImageFolder(tmp_path, 32, seed=1), num_workers=workers,
                                              batch_sampler=[range(i, i + 3) for i in range(0, 24, 3)])
         samples.append(torch.cat(list(loader)))
-    assert torch.equal(*samples) and capfd.readouterr().err.count("03.jpg") in (2, 3)       # two data sets; a race
+    assert torch.equal(*samples) and capfd.readouterr().err.count("skipped") in (2, 3)      # two data sets; a race
 
 
 def test_training_crops_are_endless_shuffled_passes_that_depend_on_seed_and_index_alone(tmp_path):
@@ -816,7 +826,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     assert len(ImageFolder(tmp_path / "data", 32)) == 2
 
 
-@pytest.mark.parametrize("content, message", [(None, "no such folder"), ("", "no image files"), ("x", "none can be decoded")])
+@pytest.mark.parametrize("content, message", [(None, "no such folder"), ("", "no image files"), ("x", "none of 1 image files can be decoded")])
 def test_a_folder_without_a_readable_image_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "data").mkdir()
@@ -921,7 +931,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "group_norm": "group_norm(64)(torch.zeros(1, 64, 2, 2))",
     "ResnetBlock": "ResnetBlock(8, 16)(torch.zeros(1, 8, 4, 4))", "AttnBlock": "AttnBlock(8)(torch.zeros(1, 8, 4, 4))",
     "Downsample": "Downsample(8)(torch.zeros(1, 8, 4, 4))", "Upsample": "Upsample(8)(torch.zeros(1, 8, 4, 4))",
-    "named": "named(a=torch.nn.ReLU())", "blocks": "blocks(8, 16, 2)(torch.zeros(1, 8, 4, 4))",
+    "level": "level(8, 16, 2)(torch.zeros(1, 8, 4, 4))",
     "middle": "middle(8)(torch.zeros(1, 8, 4, 4))",
     "Encoder": "Encoder(3, 8, (1, 2), 1)(torch.zeros(1, 3, 8, 8))",
     "Decoder": "Decoder(3, 8, (1, 2), 1)(torch.zeros(1, 4, 4, 4))",
@@ -952,7 +962,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "load": "torch.save(dict(state_dict={}, config={}, step=1, training={}), folder + '/b.pt'); load(folder + '/b.pt')",
     "autoencoder": "autoencoder(vaegan.Config.of('tiny', ch=8))", "launch": "launch(vaegan.Config(device='cpu'))",
     "open_data": "open_data(vaegan.Config.of('tiny', data=folder))",
-    "Parser": "Parser(prog='x')",
+    "save_pairs": "save_pairs(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 8, 8), Path(folder) / 'out.png')",
 }
 WHOLE = {"Trainer", "train", "eval_command", "parse", "main"}               # need everything, and say so
 
@@ -1044,8 +1054,8 @@ def test_eval_prints_one_table_and_saves_both_sets_of_images(tmp_path):
     status, printed, err = finish(command("eval", "--checkpoint", out / "best.pt", "--data", photos, "--save",
                                           tmp_path / "saved", TORCH_HOME=str(tmp_path)))
     assert status == 0 and "step 2: 3 centre crops of 32 px" in printed, err
-    for row in (r"PSNR, dB +\d+\.\d+", r"SSIM +-?0\.\d+", r"LPIPS \(alex\) +not measured: .*alexnet-owt", r"sharpness, x̂ / x +\d",
-                r"KL, nats a latent dimension +\d", r"scaling factor, 1/std of z +\d"):
+    for row in (r"psnr +\d+\.\d+ +dB\n", r"ssim +-?0\.\d+\n", r"lpips +not measured: .*alexnet-owt", r"sharpness +\d",
+                r"kl_dim +\d.* nats a latent dimension\n", r"scaling_factor +\d.* 1/std of z\n"):
         assert re.search(row, printed), row
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {"input", "reconstruction"}
 
@@ -1100,6 +1110,7 @@ def test_torchrun_trains_two_processes_into_one_folder(tmp_path):
 
 def test_help_explains_every_flag_and_names_both_presets_values():
     status, printed, _ = finish(command("train", "--help"))
+    printed = " ".join(printed.split())
     assert status == 0 and "(sd: 256, tiny: 64)" in printed
     for f in Config.__dataclass_fields__.values():
         assert "--" + f.name.replace("_", "-") in printed and len(f.metadata["help"]) > 15

@@ -85,20 +85,20 @@ class Config:
     pixel_loss: str = arg("losses", "l1", "pixel term, a mean over all values", choices=("l1", "l2"))
     perceptual_weight: float = arg("losses", 1.0, "weight of LPIPS; 0: off", tiny=0.0)
     perceptual_net: str = arg("losses", "vgg", "trunk of LPIPS", choices=("vgg", "alex", "squeeze"))
-    kl_weight: float = arg("losses", 1e-6, "weight of the KL, which is summed over an image and divided by 3·H·W")
-    disc_weight: float = arg("losses", 0.5, "strength of the GAN beside the reconstruction: ‖w·∇adv‖/‖∇rec‖ at "
-                                            "the last layer; 0: no GAN")
+    kl_weight: float = arg("losses", 1e-6, "weight of the KL, summed over an image and divided by 3·H·W")
+    disc_weight: float = arg("losses", 0.5, "GAN's gradient / reconstruction's, at the last layer; 0: no GAN")
     adaptive: bool = arg("losses", True, "scale the GAN's gradient by λ, VQGAN eq. 7")
     r1: float = arg("losses", 0.0, "γ of the R1 penalty on D, every 16 steps; 10 is usual; 0: off")
 
-    disc_start: object = arg("warm-up", "plateau", "T, where D starts to train: a step, or plateau: once the "
-                                                   "reconstruction loss has saturated", parse=step_or_plateau)
+    disc_start: object = arg("warm-up", "plateau", "where D starts to train: a step, or plateau: once the "
+                             "reconstruction loss has saturated, after half of --steps at the latest",
+                             parse=step_or_plateau)
     disc_lead: int = arg("warm-up", 1000, "steps D trains before the decoder feels it", tiny=50)
     disc_ramp: int = arg("warm-up", 5000, "steps from no to full weight of the GAN", tiny=100)
 
     steps: int = arg("optimiser", 200_000, "updates of the autoencoder", tiny=1500, least=1)
-    lr: float = arg("optimiser", 1e-4, "learning rate (latent-diffusion: 4.5e-6 × all images of an update)", tiny=1e-3)
-    lr_disc: float = arg("optimiser", 1e-4, "learning rate of the discriminator", tiny=5e-4)
+    lr: float = arg("optimiser", 1e-4, "learning rate (LDM: 4.5e-6 an image of the update)", tiny=1e-3)
+    lr_disc: float = arg("optimiser", 1e-4, "the discriminator's learning rate", tiny=5e-4)
     lr_warmup: int = arg("optimiser", 1000, "steps from 0 to the full learning rate; 0: off", tiny=20)
     clip: float = arg("optimiser", 1.0, "largest gradient norm of encoder, of decoder and of D; 0: off")
     ema: float = arg("optimiser", 0.999, "decay of the averaged weights, which are saved; 0: off", tiny=0.98)
@@ -106,10 +106,11 @@ class Config:
     seed: int = arg("optimiser", 0, "of weights, crops and noise")
 
     device: str = arg("machine", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = arg("machine", "auto", "of the networks; losses and λ stay fp32. auto: fp32, on a CUDA GPU bf16 "
-                                            "or else fp16", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = arg("machine", "auto", "of the networks; losses and λ stay fp32. auto: fp32, on a CUDA "
+                         "GPU bf16 or else fp16", choices=("auto", "fp32", "bf16", "fp16"))
 
-    preset: str = arg("run", "sd", "sd: kl-f8 at 256 px; tiny: a toy that learns in two minutes on a CPU")
+    preset: str = arg("run", "sd", "sd: kl-f8 at 256 px; tiny: a toy that learns in two minutes on a CPU; "
+                      "auto: sd on a CUDA GPU, else tiny", choices=("auto", "sd", "tiny"))
     out: str = arg("run", "run", "folder of the run: config.json, log.jsonl, samples/, last.pt, best.pt")
     resume: bool = arg("run", True, "continue from last.pt in --out; with --no-resume, start anew over it")
     log_every: int = arg("run", 50, "steps between records of log.jsonl", tiny=10, least=1)
@@ -120,12 +121,13 @@ class Config:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))            # JSON knows lists only
         for f in fields(self):
             value, least = getattr(self, f.name), f.metadata["least"]
-            if isinstance(value, (int, float, tuple)) and not min(value if f.name == "ch_mult" else [value]) >= least:
+            numbers = value if f.name == "ch_mult" else [value] * isinstance(value, (int, float))
+            if not all(number >= least for number in numbers):
                 raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
         factor = 2 ** (len(self.ch_mult) - 1)
         if self.image_size % factor:
-            raise UsageError(f"--image-size {self.image_size}: must be divisible by {factor}, as {len(self.ch_mult)} "
-                             f"levels halve it; take {max(self.image_size // factor, 3) * factor}")
+            raise UsageError(f"--image-size {self.image_size}: {len(self.ch_mult)} levels need a multiple of "
+                             f"{factor}; take {-(-self.image_size // factor) * factor}")
 
     @classmethod
     def of(cls, preset, **flags):
@@ -153,7 +155,6 @@ class ResnetBlock(nn.Module):
 
     (B, c_in, H, W) -> (B, c_out, H, W). Needs: group_norm.
     """
-
     def __init__(self, c_in, c_out):
         super().__init__()
         self.norm1 = group_norm(c_in)
@@ -171,7 +172,6 @@ class ResnetBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """x + single-head self-attention over all H·W positions. (B, C, H, W) -> the same. Needs: group_norm."""
-
     def __init__(self, channels):
         super().__init__()
         self.norm = group_norm(channels)
@@ -185,8 +185,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution after zeros at right and bottom. (B, C, H, W) -> (B, C, H/2, W/2). Needs: nothing."""
-
+    """Stride-2 convolution, zeros at right and bottom. (B, C, H, W) -> (B, C, H/2, W/2). Needs: nothing."""
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -197,7 +196,6 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2H, 2W). Needs: nothing."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -206,86 +204,80 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def named(**layers):
-    """nn.Sequential with names, which CompVis' parameter names are made of. Needs: nothing."""
-    return nn.Sequential(OrderedDict(layers))
+def level(c_in, c, n, **then):
+    """n residual blocks, the first of which changes the width, then whatever else. Needs: ResnetBlock."""
+    block = nn.Sequential(*(ResnetBlock(c if i else c_in, c) for i in range(n)))
+    return nn.Sequential(OrderedDict(block=block, **then))
 
 
-def blocks(c_in, c_out, n):
-    """n residual blocks, of which the first changes the width. Needs: ResnetBlock."""
-    return nn.Sequential(*(ResnetBlock(c_out if i else c_in, c_out) for i in range(n)))
-
-
-def middle(channels):
-    """Block, attention, block, at the lowest resolution. Needs: named, ResnetBlock, AttnBlock."""
-    return named(block_1=ResnetBlock(channels, channels), attn_1=AttnBlock(channels),
-                 block_2=ResnetBlock(channels, channels))
+def middle(c):
+    """Block, attention, block, at the lowest resolution. Needs: ResnetBlock, AttnBlock."""
+    block = ResnetBlock
+    return nn.Sequential(OrderedDict(block_1=block(c, c), attn_1=AttnBlock(c), block_2=block(c, c)))
 
 
 class Encoder(nn.Module):
     """Image to moments: (B, in_channels, H, W) -> (B, 2·z_channels, H/f, W/f), f = 2^(len(ch_mult) - 1).
 
-    Needs: Downsample, named, blocks, middle, group_norm and what those need.
+    Needs: Downsample, level, middle, group_norm and what those need.
     """
-
     def __init__(self, in_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4):
         super().__init__()
         widths = [ch] + [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.Sequential()
         for c_in, c in zip(widths, widths[1:]):
-            last = {} if len(self.down) == len(ch_mult) - 1 else dict(downsample=Downsample(c))
-            self.down.append(named(block=blocks(c_in, c, num_res_blocks), **last))
+            halve = dict(downsample=Downsample(c)) if len(self.down) < len(ch_mult) - 1 else {}
+            self.down.append(level(c_in, c, num_res_blocks, **halve))
         self.mid = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(x)                                                 # (B, ch, H, W)
-        h = self.mid(self.down(h))                                          # (B, ch·ch_mult[-1], H/f, W/f)
-        return self.conv_out(F.silu(self.norm_out(h)))                      # (B, 2·z_channels, H/f, W/f)
+        h = self.conv_in(x)                                     # (B, ch, H, W)
+        h = self.mid(self.down(h))                              # (B, ch·ch_mult[-1], H/f, W/f)
+        return self.conv_out(F.silu(self.norm_out(h)))          # (B, 2·z_channels, H/f, W/f)
 
 
 class Decoder(nn.Module):
-    """Latent to image, one block a level more than Encoder: (B, z_channels, h, w) -> (B, out_channels, h·f, w·f).
+    """Latent to image: (B, z_channels, h, w) -> (B, out_channels, h·f, w·f).
 
-    Needs: Upsample, named, blocks, middle, group_norm and what those need.
+    One block a level more than Encoder. Needs: Upsample, level, middle, group_norm and what those need.
     """
-
     def __init__(self, out_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4):
         super().__init__()
         widths = [ch * mult for mult in ch_mult] + [ch * ch_mult[-1]]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1])
-        self.up = nn.ModuleList()                                           # up[0] is the finest and runs last
+        self.up = nn.ModuleList()                               # up[0] is the finest level and runs last
         for c, c_in in zip(widths, widths[1:]):
-            last = dict(upsample=Upsample(c)) if len(self.up) else {}
-            self.up.append(named(block=blocks(c_in, c, num_res_blocks + 1), **last))
+            double = dict(upsample=Upsample(c)) if len(self.up) else {}
+            self.up.append(level(c_in, c, num_res_blocks + 1, **double))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z):
-        h = self.mid(self.conv_in(z))                                       # (B, ch·ch_mult[-1], h, w)
-        for level in reversed(self.up):
-            h = level(h)                                                    # (B, ch, h·f, w·f) in the end
-        return self.conv_out(F.silu(self.norm_out(h)))                      # (B, out_channels, h·f, w·f)
+        h = self.mid(self.conv_in(z))                           # (B, ch·ch_mult[-1], h, w)
+        for up in reversed(self.up):
+            h = up(h)                                           # (B, ch·ch_mult[0], h·f, w·f) after the last
+        return self.conv_out(F.silu(self.norm_out(h)))          # (B, out_channels, h·f, w·f)
 
 
 class DiagonalGaussian:
-    """The posterior q(z|x) = N(mean, std²) with independent components; logvar is clamped to [-30, 20] as in LDM.
+    """The posterior q(z|x) = N(mean, std²), diagonal; logvar is clamped to [-30, 20] as in LDM.
 
     Source: Kingma & Welling 2014, appendix B. moments: (B, 2C, h, w), mean before logvar. Needs: nothing.
     """
-
     def __init__(self, moments):
-        self.mean, logvar = moments.chunk(2, dim=1)                         # (B, C, h, w) each
+        self.mean, logvar = moments.chunk(2, dim=1)             # (B, C, h, w) each
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator=None):
         """z = mean + std·ε, ε ~ N(0, I): (B, C, h, w), differentiable."""
         mean = self.mean
-        return mean + self.std * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + self.std * noise
 
     def mode(self):
         """The mean: (B, C, h, w)."""
@@ -300,11 +292,12 @@ class AutoencoderKL(nn.Module):
     """The KL autoencoder; the defaults are kl-f8 of Stable Diffusion 1.x with its 83,653,863 parameters.
 
     Source: Rombach et al. 2022; CompVis ldm/models/autoencoder.py. x: (B, in_channels, H, W) in [-1, 1],
-    z: (B, embed_dim, H/f, W/f), x_hat: as x but unbounded. Under autocast, too, posterior and x_hat are of x's
-    dtype. Raises ValueError unless f divides H and W. Needs: Encoder, Decoder, DiagonalGaussian and what those need.
+    z: (B, embed_dim, H/f, W/f), x_hat: as x but unbounded. Posterior and x_hat are of x's dtype, under
+    autocast too. Raises ValueError unless f divides H and W.
+    Needs: Encoder, Decoder, DiagonalGaussian and what those need.
     """
-
-    def __init__(self, in_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, embed_dim=4):
+    def __init__(self, in_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4,
+                 embed_dim=4):
         super().__init__()
         self.encoder = Encoder(in_channels, ch, ch_mult, num_res_blocks, z_channels)
         self.decoder = Decoder(in_channels, ch, ch_mult, num_res_blocks, z_channels)
@@ -319,7 +312,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
-            raise ValueError(f"image of {x.shape[-2]}×{x.shape[-1]}: {self.factor} must divide height and width")
+            raise ValueError(f"image of {x.shape[-2]}×{x.shape[-1]}: {self.factor} must divide both sides")
         return DiagonalGaussian(self.quant_conv(self.encoder(x)).to(x.dtype))
 
     def decode(self, z):
@@ -338,12 +331,11 @@ class AutoencoderKL(nn.Module):
 class PatchDiscriminator(nn.Module):
     """70×70 PatchGAN with spectral norm: one realness logit for each of many overlapping patches.
 
-    Source: Isola et al. 2017, §6.1.2; layout and N(0, 0.02) weights of taming-transformers. Spectral norm (Miyato
-    et al. 2018) replaces BatchNorm: D works at batch 1, treats real and fake alike, and its slope is bounded.
-    Each forward in training mode does one power iteration. x: (B, in_channels, H, W) -> logits
-    (B, 1, H/8 - 2, W/8 - 2) in x's dtype, under autocast too. Raises ValueError under 24 px. Needs: nothing.
+    Source: Isola et al. 2017, §6.1.2; layout and N(0, 0.02) weights of taming-transformers. Spectral norm
+    (Miyato et al. 2018) replaces BatchNorm: D works at batch 1, treats real and fake alike, and its slope is
+    bounded. Each forward in training mode does one power iteration. x: (B, in_channels, H, W) -> logits
+    (B, 1, H/8 - 2, W/8 - 2) of x's dtype, under autocast too. Raises ValueError under 24 px. Needs: nothing.
     """
-
     def __init__(self, in_channels=3, ndf=64, n_layers=3):
         super().__init__()
         widths = [in_channels] + [ndf * min(2 ** i, 8) for i in range(n_layers + 1)] + [1]
@@ -356,12 +348,12 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x):
         if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(f"image of {x.shape[-2]}×{x.shape[-1]}: the discriminator needs {self.min_size} px")
+            raise ValueError(f"image of {x.shape[-2]}×{x.shape[-1]}: D needs at least {self.min_size} px")
         h = x
         for i, conv in enumerate(self.convs):
             h = F.leaky_relu(h, 0.2) if i else h
             with torch.autocast(x.device.type, enabled=False):
-                weight = conv.weight                                        # W/σ(W), power iteration in fp32
+                weight = conv.weight                            # W/σ(W), its power iteration in fp32
             h = F.conv2d(h, weight, conv.bias, conv.stride, conv.padding)
         return h.to(x.dtype)
 
@@ -386,9 +378,9 @@ def hinge_g_loss(logits_fake):
 def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=1e4):
     """λ = ‖g_rec‖ / (‖g_adv‖ + ε), at most max_weight: with λ·g_adv both gradients are equally strong.
 
-    Source: Esser et al. 2021, eq. 7; ε and the bound are latent-diffusion's, whose loss is a sum over the N values
-    of an image. Where it is a mean, as in generator_step, ε is 1e-4/N. Gradients of one shape, at the decoder's
-    last layer -> scalar without a graph. Needs: nothing.
+    Source: Esser et al. 2021, eq. 7. ε and the bound are latent-diffusion's, whose loss is a sum over the N
+    values of an image; where it is a mean, as in generator_step, ε must be 1e-4/N. g_rec, g_adv: gradients of
+    one shape, at the decoder's last layer -> scalar without a graph. Needs: nothing.
     """
     return (g_rec.norm() / (g_adv.norm() + eps)).clamp(max=max_weight).detach()
 
@@ -396,8 +388,8 @@ def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=1e4):
 def r1_penalty(logits_real, x):
     """E‖∇ₓ D(x)‖², D(x) being an image's sum of logits. L_D gets γ/2 of it: D stays flat around real images.
 
-    Source: Mescheder et al. 2018, eq. 9. x: (B, 3, H, W), requires_grad, of which logits_real (B, …) were computed
-    -> scalar with a graph to D's weights. Needs: nothing.
+    Source: Mescheder et al. 2018, eq. 9. logits_real: (B, …), computed from x: (B, 3, H, W), which requires
+    grad -> scalar with a graph to D's weights. Needs: nothing.
     """
     gradient, = torch.autograd.grad(logits_real.sum(), x, create_graph=True)
     return gradient.pow(2).sum(dim=(1, 2, 3)).mean()
@@ -407,72 +399,73 @@ class Perceptual(nn.Module):
     """LPIPS, the distance of two images in the features of a trained network: frozen, always in eval mode.
 
     Source: Zhang et al. 2018, eq. 1; trunk and linear heads of the `lpips` package, version 0.1. x, x_hat:
-    (B, 3, H, W) in [-1, 1] -> (B,), with a gradient to x_hat alone. Under autocast only the trunk runs in low
-    precision. F.normalize stands for the package's square root, whose gradient is NaN where all features are 0.
+    (B, 3, H, W) in [-1, 1] -> (B,), with a gradient to x_hat alone. F.normalize stands for the package's
+    square root, whose gradient is NaN where all features are 0.
     Raises UsageError if the trunk's weights are neither on disk nor downloadable: never a random trunk.
     Needs: UsageError, the package lpips.
     """
-
     def __init__(self, net="vgg"):
         super().__init__()
         file = dict(vgg="vgg16-397923af.pth", alex="alexnet-owt-7be5be79.pth",          # torchvision's names
                     squeeze="squeezenet1_1-b8a52dc0.pth")[net]
         try:
             import lpips
-            with warnings.catch_warnings():                                 # it calls torchvision in the old way
+            with warnings.catch_warnings():                     # lpips calls torchvision in an old way
                 warnings.simplefilter("ignore")
                 self.lpips = lpips.LPIPS(net=net, verbose=False).requires_grad_(False).eval()
-        except Exception as error:                                          # no package, no network, a torn file …
+        except Exception as error:                              # no package, no network, a torn file ...
             raise UsageError(
-                f"LPIPS net {net}: {' '.join(str(error).split())}. It needs `pip install lpips` and {file} in "
-                f"{os.path.join(torch.hub.get_dir(), 'checkpoints')}; or take another --perceptual-net, or "
-                "--perceptual-weight 0") from None
+                f"LPIPS net {net}: {' '.join(str(error).split())}; it needs `pip install lpips` and the file "
+                f"{os.path.join(torch.hub.get_dir(), 'checkpoints', file)}: put it there, or take another "
+                "--perceptual-net, or --perceptual-weight 0") from None
 
     def train(self, mode=True):
-        return super().train(False)                                         # nothing may wake its dropout
+        return super().train(False)                             # nothing may wake its dropout
 
     def features(self, x):
-        return [F.normalize(f.to(x.dtype), dim=1, eps=1e-10) for f in self.lpips.net(self.lpips.scaling_layer(x))]
+        return [F.normalize(f, dim=1, eps=1e-10) for f in self.lpips.net(self.lpips.scaling_layer(x))]
 
     def forward(self, x, x_hat):
         with torch.no_grad():
             real = self.features(x)
-        layers = list(zip(self.lpips.lins, real, self.features(x_hat)))
-        with torch.autocast(x.device.type, enabled=False):
-            return sum(lin((a - b) ** 2).mean(dim=(1, 2, 3)) for lin, a, b in layers)
+        layers = zip(self.lpips.lins, real, self.features(x_hat))
+        return sum(lin((a - b) ** 2).mean(dim=(1, 2, 3)) for lin, a, b in layers)
 
 
 class WarmUp:
-    """When the GAN comes on.     step        T        T + lead       T + lead + ramp
-                                D trains      |------------------------------------
-                                w(t)     0    0        0 rises linearly to 1   1
-    start: T, or "plateau": every half window, the median loss of the last `window` steps is compared with that of
-    the window before; T is where it has fallen by less than `tolerance` at `patience` comparisons in a row, at
-    step `least` at the earliest and `most` at the latest. Noise of batches moves no median and no row of three;
-    while the loss still falls, each window beats the one before. Needs: nothing.
-    """
+    """When the GAN comes on.
 
-    def __init__(self, start="plateau", lead=0, ramp=0, window=100, tolerance=0.03, patience=3, least=0, most=math.inf):
+        step       0 ........ T ........ T + lead ........ T + lead + ramp ........
+        D trains       no         yes               yes                   yes
+        w(t)           0           0           rises linearly to 1         1
+
+    start: T, or "plateau": every half window, the median loss of the last `window` steps is compared with
+    that of the window before; T is where it fell by less than `tolerance` at `patience` comparisons in a row,
+    between the steps `least` and `most`. The noise of batches hardly moves a median, still less three in a
+    row, and while the loss falls each window beats the one before. Needs: nothing.
+    """
+    def __init__(self, start="plateau", lead=0, ramp=0, window=100, tolerance=0.03, patience=3, least=0,
+                 most=math.inf):
         self.start, self.reason = (None, "") if start == "plateau" else (start, "as asked for")
-        self.lead, self.ramp, self.window, self.tolerance, self.patience = lead, ramp, window, tolerance, patience
-        self.least, self.most, self.losses, self.flat = least, most, [], 0
+        self.lead, self.ramp, self.window, self.least, self.most = lead, ramp, window, least, most
+        self.tolerance, self.patience, self.losses, self.flat = tolerance, patience, [], 0
 
     def observe(self, rec_loss, step):
-        """Take the reconstruction loss (number or 0-d tensor) of `step` into account -> True if it decides T."""
+        """Feed the reconstruction loss of `step`, a number or 0-d tensor -> True if that decides T."""
         if self.start is not None:
             return False
-        self.losses.append(rec_loss)                                        # read at a check: no sync before
+        self.losses.append(rec_loss)                            # a tensor is read at the next comparison
         if len(self.losses) == 2 * self.window:
-            self.losses = [float(loss) for loss in self.losses]
-            old, new = (sorted(part)[self.window // 2] for part in (self.losses[:self.window], self.losses[self.window:]))
+            losses = [float(loss) for loss in self.losses]
+            old, new = (sorted(losses[i:i + self.window])[self.window // 2] for i in (0, self.window))
+            self.losses = losses[(self.window + 1) // 2:]
             self.flat = self.flat + 1 if new > (1 - self.tolerance) * old else 0
-            del self.losses[:(self.window + 1) // 2]
             if self.flat >= self.patience and step + 1 >= self.least:
-                self.start, self.reason = step + 1, (
-                    f"the loss fell by {1 - new / old:.1%} in {self.window} steps, for the {self.flat}. time under "
-                    f"{self.tolerance:.0%}")
+                self.start = step + 1
+                self.reason = (f"the median loss of {self.window} steps fell by {1 - new / old:.1%}, and "
+                               f"{self.flat} times in a row by less than {self.tolerance:.0%}")
         if self.start is None and step + 1 >= self.most:
-            self.start, self.reason = step + 1, "the latest step for it; the loss is still falling"
+            self.start, self.reason = step + 1, "the latest step for it, though the loss still falls"
         return self.start is not None
 
     def trains_disc(self, step):
@@ -484,7 +477,8 @@ class WarmUp:
         return 0.0 if since < 0 else min(since / self.ramp, 1.0) if self.ramp else 1.0
 
     def state_dict(self):
-        return dict(start=self.start, reason=self.reason, flat=self.flat, losses=[float(loss) for loss in self.losses])
+        losses = [float(loss) for loss in self.losses]
+        return dict(start=self.start, reason=self.reason, flat=self.flat, losses=losses)
 
     def load_state_dict(self, state):
         self.__dict__.update(state)
@@ -495,31 +489,30 @@ class WarmUp:
 
 
 def seed_of(*numbers):
-    """A well-mixed 63-bit seed of some integers: neighbours such as (seed, step) and (seed, step + 1) share nothing."""
+    """A 63-bit seed of some integers, so well mixed that (seed, step) and (seed, step + 1) share nothing."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """Square crops of all images in a folder and below it, of any format Pillow reads: (3, size, size) uint8.
+    """Square crops of all images in a folder and below, of any format Pillow reads: (3, size, size) uint8.
 
     train=True: item i is the i-th of endless shuffled passes, cropped and flipped at random. It depends on
-    (seed, i) alone, so neither workers nor a restart change it. train=False: centre crop of the i-th file by name.
-    hold_out=n leaves every n-th file to train=False and the others to train=True; 0 gives both all files.
-    Images smaller than the crop are enlarged, JPEGs more than twice as large are decoded at 1/2, 1/4 or 1/8. EXIF
-    orientation is applied, transparency lies on white, 16 bits become 8. A file that cannot be decoded is reported
-    once, and the next one stands in. Raises UsageError if there is no folder, no image file or none that decodes.
-    Needs: UsageError, seed_of, the package pillow.
+    (seed, i) alone, so no worker count and no restart changes it. train=False: the centre of the i-th file by
+    name. hold_out=n: every n-th file is for train=False, the others for train=True; 0: all are for both.
+    Images smaller than the crop are enlarged, JPEGs more than twice as large are decoded at 1/2, 1/4 or 1/8.
+    EXIF orientation is applied, transparency lies on white, 16 bits become 8. A file that cannot be decoded
+    is reported once, and the next one stands in. Raises UsageError if there is no folder, no image file, or
+    none that can be decoded. Needs: UsageError, seed_of, the package pillow.
     """
-
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
         from PIL import Image
         if not os.path.isdir(root):
             raise UsageError(f"{root}: no such folder; give one that holds images")
         known = {suffix for suffix, kind in Image.registered_extensions().items()
-                 if kind in Image.OPEN and kind != "EPS"}                   # EPS is a program, run by Ghostscript
+                 if kind in Image.OPEN and kind != "EPS"}       # EPS is a program, run by Ghostscript
         files, seen = [], set()
         for folder, folders, names in os.walk(root, followlinks=True):
-            if os.path.realpath(folder) in seen:                            # links in a circle
+            if os.path.realpath(folder) in seen:                # links in a circle
                 folders.clear()
                 continue
             seen.add(os.path.realpath(folder))
@@ -530,7 +523,7 @@ class ImageFolder(torch.utils.data.Dataset):
         if hold_out and len(files) > 1:
             files = [file for i, file in enumerate(files) if (i % hold_out == 0) != train]
         self.files, self.size, self.is_train, self.seed = files, size, train, seed
-        self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()         # shared by all workers
+        self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()     # one for all workers
         self.epoch = self.order = None
         self.load(0)
 
@@ -539,7 +532,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         if not self.is_train:
-            return self.load(range(len(self))[i])                           # IndexError past the end
+            return self.load(range(len(self))[i])               # IndexError past the end
         epoch, k = divmod(i, len(self))
         if epoch != self.epoch:
             shuffle = torch.Generator().manual_seed(seed_of(self.seed, epoch))
@@ -547,22 +540,23 @@ class ImageFolder(torch.utils.data.Dataset):
         return self.load(self.order[k], torch.Generator().manual_seed(seed_of(self.seed, epoch, k)))
 
     def load(self, k, generator=None):
-        """File k, or the next one that decodes: cropped at random if there is a generator, else at the centre."""
+        """File k, or the next one that decodes, cropped at random, or without a generator at the centre."""
         for k in [*range(k, len(self)), *range(k)]:
             if not self.broken[k]:
                 try:
                     return self.crop(self.decode(self.files[k]), generator)
-                except Exception as error:                                  # decoders raise whatever they like
+                except Exception as error:                      # decoders raise whatever they like
                     self.broken[k] = True
                     print(f"\nskipped {self.files[k]}: {error or type(error).__name__}", file=sys.stderr)
-        raise UsageError(f"{self.files[0]} and {len(self) - 1} others: none can be decoded; give images that can")
+        raise UsageError(f"{os.path.dirname(self.files[0])}: none of {len(self)} image files can be decoded; "
+                         "give a folder that holds images")
 
     def decode(self, file):
         from PIL import Image, ImageOps
         with Image.open(file) as image:
-            image.draft(None, (2 * self.size, 2 * self.size))               # JPEG only, before it is decoded
+            image.draft(None, (2 * self.size, 2 * self.size))   # JPEG only, before it is decoded
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                                  # 16-bit grey; 257 = 65535/255
+            if image.mode.startswith("I"):                      # 16-bit grey; 257 = 65535/255
                 image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -576,18 +570,17 @@ class ImageFolder(torch.utils.data.Dataset):
         x, y = (int(torch.randint(s + 1, (), generator=generator)) if generator else s // 2 for s in spare)
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(self.size, self.size, 3).permute(2, 0, 1)      # (3, size, size)
+        pixels = pixels.view(self.size, self.size, 3).permute(2, 0, 1)              # (3, size, size)
         return pixels.flip(2) if generator and torch.rand((), generator=generator) < 0.5 else pixels
 
 
 class DeadLeaves(torch.utils.data.Dataset):
-    """Occluding discs with a power-law size: images with the edges, textures and scales that photographs have.
+    """Occluding discs with a power-law size: images with edges and textures at all scales, as photographs.
 
-    Source: Lee, Mumford & Huang 2001: radii ∝ r^-3 make the statistics scale-invariant. Each disc has a colour and
-    a grating. Item i, for any i >= 0, is a function of (seed, i): (3, size, size) uint8.
+    Source: Lee, Mumford & Huang 2001: radii ∝ r^-3 make the statistics scale-invariant. Each disc has a
+    colour and a grating. Item i, for any i >= 0, is a function of (seed, i): (3, size, size) uint8.
     Needs: seed_of, the package pillow.
     """
-
     def __init__(self, size, seed=0, length=100_000):
         self.size, self.seed, self.length = size, seed, length
 
@@ -597,23 +590,23 @@ class DeadLeaves(torch.utils.data.Dataset):
     def __getitem__(self, i):
         from PIL import Image, ImageDraw
         generator = torch.Generator().manual_seed(seed_of(self.seed, i))
-        side = 2 * self.size                                                # drawn twice as large, averaged in the end
+        side = 2 * self.size                                    # drawn twice as large, averaged in the end
         r_min, r_max = 6.0, side / 2
         area = 2 * math.pi * r_min ** 2 * math.log(r_max / r_min)           # of a disc, on average
-        n = int(4 * (1.5 * side) ** 2 / area)                               # four layers deep: e^-4 stays uncovered
+        n = int(4 * (1.5 * side) ** 2 / area)                   # four layers deep: e^-4 stays uncovered
         u = torch.rand(9, n, generator=generator)
         r = (r_min ** -2 + u[0] * (r_max ** -2 - r_min ** -2)) ** -0.5      # pdf ∝ r^-3
-        x, y = (u[1:3] * 1.5 - 0.25) * side                                 # some centres lie outside
+        x, y = (u[1:3] * 1.5 - 0.25) * side                     # some centres lie outside
         canvas = Image.new("I", (side, side))
         draw = ImageDraw.Draw(canvas)
         for leaf, box in enumerate(torch.stack([x - r, y - r, x + r, y + r], 1).tolist()):
-            draw.ellipse(box, fill=leaf)                                    # covers those before
+            draw.ellipse(box, fill=leaf)                        # covers those before
         leaf = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.int32).view(side, side).long()
-        colour = 0.1 + 0.8 * u[3] + 0.3 * (u[3:6] - u[3])                   # (3, n): grey with a tint
+        colour = 0.1 + 0.8 * u[3] + 0.3 * (u[3:6] - u[3])       # (3, n): grey with a tint
         wave, angle, contrast = 2 * math.pi / (4 * 8 ** u[6]), 2 * math.pi * u[7], 0.2 * u[8] ** 2
         row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         phase = (wave * angle.cos())[leaf] * column + (wave * angle.sin())[leaf] * row
-        image = colour[:, leaf] + contrast[leaf] * phase.sin()              # (3, side, side)
+        image = colour[:, leaf] + contrast[leaf] * phase.sin()  # (3, side, side)
         return (F.avg_pool2d(image, 2) * 255).round().clamp(0, 255).to(torch.uint8)     # (3, size, size)
 
 
@@ -635,16 +628,17 @@ def average_over_ranks(tensor):
 
 
 def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual_weight=1.0, kl_weight=1e-6,
-                   disc_weight=0.5, adaptive=True, generator=None, amp=contextlib.nullcontext, loss_scale=1.0):
-    """Accumulate the autoencoder's gradient of L_G, divided by N = 3·H·W against latent-diffusion's.
+                   disc_weight=0.5, adaptive=True, generator=None, amp=contextlib.nullcontext,
+                   loss_scale=1.0):
+    """Accumulate the autoencoder's gradient of L_G, which is latent-diffusion's loss divided by N = 3·H·W.
 
     Cut at x̂: each loss is differentiated once, down to the image; both image gradients go through the last
-    convolution alone, which gives λ; their sum goes through the autoencoder once. By the chain rule that is what
-    two autograd.grad calls at the last layer and a backward of the total loss give.
-    x: (B, 3, H, W) in [-1, 1]. vae: may be in DistributedDataParallel; disc, perceptual: bare. disc_weight:
-    w(t)·disc_weight; 0 leaves D out. amp() makes the networks' autocast context. loss_scale multiplies the
-    gradients (fp16's scale, 1/accumulate). -> x_hat detached, and 0-d tensors under log.jsonl's names: means over
-    the batch, before weighting. D's gradients stay as they are.
+    convolution alone, which gives λ; their weighted sum goes through the autoencoder, once. By the chain rule
+    this equals two autograd.grad calls at the last layer and a backward of the total loss.
+    x: (B, 3, H, W) in [-1, 1]. vae: may be wrapped in DistributedDataParallel; disc, perceptual: may not.
+    disc_weight: w(t)·disc_weight; 0 leaves D out. amp(): the networks' autocast context. loss_scale: factor
+    of all gradients (fp16's scale, 1/accumulate). -> x_hat, detached, and 0-d tensors under log.jsonl's
+    names, means of the batch before weighting. D's own gradients are not touched.
     Needs: hinge_g_loss, adaptive_weight, average_over_ranks.
     """
     N = x[0].numel()
@@ -656,8 +650,7 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
 
     # L_rec = |x - x̂| + LPIPS(x, x̂)
     l1, l2 = (x - leaf).abs().mean(), (x - leaf).pow(2).mean()
-    with amp():
-        lpips = perceptual(x, leaf).mean() if perceptual else torch.zeros_like(l1)
+    lpips = perceptual(x, leaf).mean() if perceptual else torch.zeros_like(l1)
     rec_loss = (l1 if pixel_loss == "l1" else l2) + perceptual_weight * lpips
     g, = torch.autograd.grad(loss_scale * rec_loss, leaf)
     terms = dict(l1=l1, l2=l2, lpips=lpips, rec_loss=rec_loss, kl=kl, kl_dim=kl / posterior.mean[0].numel())
@@ -667,16 +660,17 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
         with amp():
             g_loss = hinge_g_loss(disc(leaf))
         g_adv, = torch.autograd.grad(loss_scale * g_loss, leaf)
-        J_rec, J_adv = average_over_ranks(torch.stack([         # (in_channels, ch, 3, 3) each
-            torch.nn.grad.conv2d_weight(inputs[0].to(x.dtype), conv_out.weight.shape, image_gradient / loss_scale, padding=1)
-            for image_gradient in (g, g_adv)]))
-        lam = adaptive_weight(J_rec, J_adv, eps=1e-4 / N, max_weight=math.inf)          # ε and 1e4: LDM's
+        h, shape = inputs[0].to(x.dtype), conv_out.weight.shape
+        J = [torch.nn.grad.conv2d_weight(h, shape, image_gradient / loss_scale, padding=1)
+             for image_gradient in (g, g_adv)]                  # (in_channels, ch, 3, 3) each
+        J_rec, J_adv = average_over_ranks(torch.stack(J))
+        lam = adaptive_weight(J_rec, J_adv, eps=1e-4 / N, max_weight=math.inf)      # ε and 1e4: LDM's
         w = disc_weight * (lam.clamp(max=1e4) if adaptive else torch.ones_like(lam))
         g = g + w * g_adv
         terms.update(g_loss=g_loss, lam=lam, lam_clamped=(lam > 1e4).float(), w=w,
                      grad_ratio=w * J_adv.norm() / J_rec.norm())
 
-    # jointly: two calls would make the wrapper average over ranks too early
+    # one call for both: after the first of two, the wrapper would average over ranks too early
     torch.autograd.backward([x_hat, kl_weight * kl / N], [g, loss_scale * torch.ones_like(kl)])
     return x_hat.detach(), {name: value.detach() for name, value in terms.items()}
 
@@ -684,18 +678,19 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
 def discriminator_step(disc, x, x_hat, *, r1=0.0, amp=contextlib.nullcontext, loss_scale=1.0):
     """Accumulate D's gradient of L_D on the images that generator_step has just seen and made.
 
-    Both go through D as one batch: there are no batch statistics. x, x_hat: (B, 3, H, W). r1: γ, 0 for none; with
-    it the step runs in fp32. -> 0-d tensors under log.jsonl's names. The autoencoder gets no gradient.
+    Both go through D as one batch: there are no batch statistics. x, x_hat: (B, 3, H, W). r1: γ, 0 for none,
+    else the step runs in fp32. -> 0-d tensors under log.jsonl's names. The autoencoder gets no gradient.
     Needs: hinge_d_loss, r1_penalty.
     """
     # L_D = ½ E[max(0, 1 - D(x))] + ½ E[max(0, 1 + D(x̂))] + γ/2 E‖∇D(x)‖²
     x = x.detach().requires_grad_(r1 > 0)
     with torch.autocast(x.device.type, enabled=False) if r1 else amp():
-        logits_real, logits_fake = disc(torch.cat([x, x_hat.detach()])).chunk(2)        # (B, 1, h, w) each
-    d_loss = hinge_d_loss(logits_real, logits_fake)
-    (loss_scale * (d_loss + (r1 / 2 * r1_penalty(logits_real, x) if r1 else 0.0))).backward()
-    return dict(d_loss=d_loss.detach(), logits_real=logits_real.detach().mean(), logits_fake=logits_fake.detach().mean(),
-                d_acc=((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2)
+        real, fake = disc(torch.cat([x, x_hat.detach()])).chunk(2)                  # (B, 1, h, w) each
+    d_loss = hinge_d_loss(real, fake)
+    (loss_scale * (d_loss + (r1 / 2 * r1_penalty(real, x) if r1 else 0.0))).backward()
+    d_acc = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    terms = dict(d_loss=d_loss, logits_real=real.mean(), logits_fake=fake.mean(), d_acc=d_acc)
+    return {name: value.detach() for name, value in terms.items()}
 
 
 class Trainer:
@@ -703,7 +698,6 @@ class Trainer:
 
     Each rank has one; they start equal (same seed) and stay equal (same gradients). Needs: all above.
     """
-
     def __init__(self, cfg, device, rank=0, world=1):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.perceptual = Perceptual(cfg.perceptual_net).to(device) if cfg.perceptual_weight else None
@@ -711,15 +705,16 @@ class Trainer:
         self.vae = vae = autoencoder(cfg).to(device, memory_format=torch.channels_last)
         self.disc = PatchDiscriminator(3, cfg.ndf).to(device, memory_format=torch.channels_last)
         self.ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
-        self.average = self.ema.module if self.ema else vae                 # what is shown, measured and saved
+        self.average = self.ema.module if self.ema else vae     # what is shown, measured and saved
         self.weights = dict(enc=[*vae.encoder.parameters(), *vae.quant_conv.parameters()],
                             dec=[*vae.post_quant_conv.parameters(), *vae.decoder.parameters()],
                             disc=[*self.disc.parameters()])
-        adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.9), fused=device.type != "mps")     # betas: LDM's
+        adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.9), fused=device.type != "mps")    # LDM's
         self.optimiser = adam(self.weights["enc"] + self.weights["dec"], cfg.lr)
         self.optimiser_disc = adam(self.weights["disc"], cfg.lr_disc)
-        self.warm_up = WarmUp(cfg.disc_start, cfg.disc_lead, cfg.disc_ramp,             # judged at the run's scale;
-                              window=max(cfg.steps // 20, 10), most=cfg.steps // 2)     # half of it is the GAN's
+        window = max(cfg.steps // 20, 10)                       # a plateau is one at the scale of the run,
+        self.warm_up = WarmUp(cfg.disc_start, cfg.disc_lead, cfg.disc_ramp, window,
+                              most=cfg.steps // 2)              # and the GAN gets half of it at least
         self.precision = cfg.precision
         if cfg.precision == "auto":
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -734,7 +729,7 @@ class Trainer:
                           optimiser_disc=self.optimiser_disc, scaler=self.scaler, warm_up=self.warm_up)
 
     def update(self, step, images):
-        """Update both networks with cfg.accumulate batches of `images`, of (B, 3, H, W) uint8 -> the terms of each."""
+        """One update from cfg.accumulate batches of `images`, (B, 3, H, W) uint8 -> the terms of each."""
         cfg, rows = self.cfg, []
         train_disc = cfg.disc_weight > 0 and self.warm_up.trains_disc(step)
         self.optimiser.zero_grad()
@@ -744,7 +739,7 @@ class Trainer:
             x = to_model(next(images), self.device)
             self.noise.manual_seed(seed_of(cfg.seed, step, k, self.rank))
             with contextlib.ExitStack() as stack:
-                if self.world > 1 and k + 1 < cfg.accumulate:               # ranks average once an update
+                if self.world > 1 and k + 1 < cfg.accumulate:   # ranks average once an update
                     for net in self.parallel:
                         stack.enter_context(net.no_sync())
                 x_hat, terms = generator_step(
@@ -753,8 +748,9 @@ class Trainer:
                     disc_weight=self.warm_up.weight(step) * cfg.disc_weight,
                     generator=self.noise, amp=self.amp, loss_scale=loss_scale)
                 if train_disc:
-                    r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0             # lazy: Karras et al. 2020, §3.1
-                    terms |= discriminator_step(self.parallel[1], x, x_hat, r1=r1, amp=self.amp, loss_scale=loss_scale)
+                    terms |= discriminator_step(
+                        self.parallel[1], x, x_hat, amp=self.amp, loss_scale=loss_scale,
+                        r1=16 * cfg.r1 if step % 16 == 0 else 0.0)      # lazy: Karras et al. 2020, §3.1
             rows.append(terms)
         self.apply(self.optimiser, cfg.lr, step, ("enc", "dec"), terms)
         if train_disc:
@@ -778,97 +774,27 @@ class Trainer:
                     training={name: part.state_dict() for name, part in self.parts.items()})
 
     def restore(self, checkpoint, path):
-        """Continue from a checkpoint -> the flags that changed since. Raises UsageError if the model did."""
-        was, now, changed = checkpoint["config"], asdict(self.cfg), []
+        """Continue from a checkpoint -> the flags that changed, as text. UsageError if the model did."""
+        was, now, changes = checkpoint["config"], asdict(self.cfg), ""
         for f in fields(self.cfg):
-            flag, old, new = "--" + f.name.replace("_", "-"), was.get(f.name), now[f.name]
+            old, new, flag = was.get(f.name), now[f.name], "--" + f.name.replace("_", "-")
             if old != new and f.metadata["group"] == "model":
-                raise UsageError(f"{flag} {new}: {path} was trained with {old}; take that, another --out, or --no-resume")
+                raise UsageError(f"{flag} {new}: {path} was trained with {old}; take that or another --out")
             if old != new and f.name not in ("out", "resume"):
-                changed.append(f"{flag} {old} -> {new}")
+                changes += f"; {flag} {old} -> {new}"
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint["training"][name])
         if self.ema:
             self.average.load_state_dict(checkpoint["state_dict"])
             self.ema.n_averaged.fill_(checkpoint["step"])
-        return changed
-
-
-def autoencoder(cfg):
-    """The AutoencoderKL of a Config; embed_dim = z_channels, as in kl-f8. Needs: AutoencoderKL."""
-    return AutoencoderKL(3, cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels, cfg.z_channels)
-
-
-def launch(cfg):
-    """-> device, rank, number of processes; under torchrun it joins the others. Needs: UsageError."""
-    kind, there = cfg.device, dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    kind = next(k for k in there if there[k]) if kind == "auto" else kind
-    if not there[kind]:
-        raise UsageError(f"--device {kind}: there is none on this machine; take --device auto or cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return torch.device(kind), 0, 1
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else 0)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def open_data(cfg):
-    """-> training set, held-out set. Needs: ImageFolder, DeadLeaves."""
-    if not cfg.data:
-        return DeadLeaves(cfg.image_size, cfg.seed), DeadLeaves(cfg.image_size, cfg.seed + 1, length=64)
-    hold_out = 0 if cfg.val else 20
-    return (ImageFolder(cfg.data, cfg.image_size, True, cfg.seed, hold_out),
-            ImageFolder(cfg.val or cfg.data, cfg.image_size, False, cfg.seed, hold_out))
-
-
-def save(content, path):
-    """torch.save beside `path` and renamed into place, so that it is whole at any moment. Needs: nothing."""
-    beside = path.with_suffix(".tmp")
-    torch.save(content, beside)
-    os.replace(beside, path)
-
-
-def load(path):
-    """A checkpoint as a dict of tensors and plain values: a file cannot run code. Needs: UsageError."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"state_dict", "config", "step", "training"} <= checkpoint.keys():
-            raise ValueError("keys are missing")
-    except Exception as error:
-        raise UsageError(f"{path}: no checkpoint of vaegan.py ({str(error).splitlines()[0]}); give a last.pt or "
-                         "best.pt, or move this file away") from None
-    return checkpoint
-
-
-def summarise(rows, scaled=False):
-    """Means of [(step, terms)] over steps and ranks, in one transfer from the device.
-
-    Raises FloatingPointError, with step and all terms, where one is not finite; scaled: unless the gradients alone
-    are and some steps are good, which is fp16's scaler at work. Needs: average_over_ranks.
-    """
-    values = torch.stack([value.float() for _, terms in rows for value in terms.values()])
-    values = iter(average_over_ranks(values).tolist())
-    table = [(step, {name: next(values) for name in terms}) for step, terms in rows]
-    bad = {step: [name for name, value in terms.items() if not math.isfinite(value)] for step, terms in table}
-    for step, terms in table:
-        if bad[step] and not (scaled and not all(bad.values())
-                              and all(name.startswith(("grad_", "lam", "w")) for name in bad[step])):
-            raise FloatingPointError(f"step {step + 1}: {', '.join(bad[step])} not finite; all terms: " + ", ".join(
-                f"{name} {value:.4g}" for name, value in terms.items()))
-    means = {}
-    for name in {name: 0 for _, terms in table for name in terms}:
-        finite = [terms[name] for _, terms in table if math.isfinite(terms.get(name, math.nan))]
-        means[name] = sum(finite) / len(finite)
-    return means
+        return changes
 
 
 def train(cfg):
     """Train as `cfg` says, alone or as one of torchrun's processes, and continue the run that cfg.out holds.
 
-    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, best.pt. Raises UsageError before anything is
-    written, FloatingPointError when a loss or a gradient is not finite. Needs: all above.
+    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, best.pt. Raises UsageError before
+    anything is written, FloatingPointError when a loss or a gradient is not finite. Needs: all of the file.
     """
     from tqdm import tqdm
     device, rank, world = launch(cfg)
@@ -877,24 +803,24 @@ def train(cfg):
     trainer = Trainer(cfg, device, rank, world)
     out, start, best, scaling_factor, records = Path(cfg.out), 0, [0, -math.inf], None, []
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
-    say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} M; "
-        f"{len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
+    say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
+        f"M; {len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
     if cfg.resume and (out / "last.pt").exists():
         last = load(out / "last.pt")
-        changed = trainer.restore(last, out / "last.pt")
+        changes = trainer.restore(last, out / "last.pt")
         start, best, scaling_factor = last["step"], last["best"], last["scaling_factor"]
-        say(f"{out}: continues after step {start} of {cfg.steps}" + "".join(f"; {flag}" for flag in changed))
+        say(f"{out}: continues after step {start} of {cfg.steps}{changes}")
         records = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
     if rank == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
         (out / "log.jsonl").write_text("".join(r + "\n" for r in records if json.loads(r)["step"] <= start))
     first, stride = (start * cfg.accumulate * world + rank) * cfg.batch_size, world * cfg.batch_size
-    batches = (range(i, i + cfg.batch_size) for i in itertools.count(first, stride))    # endless, ranks in turn
+    batches = (range(i, i + cfg.batch_size) for i in itertools.count(first, stride))    # endless
     images = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=cfg.workers,
                                               pin_memory=device.type == "cuda"))
-    val_set = torch.utils.data.Subset(val_set, range(0, len(val_set), -(-len(val_set) // 256)))     # 256 at most
-    shown = to_model(torch.stack([val_set[i] for i in range(min(8, len(val_set)))]), device)
+    few = torch.utils.data.Subset(val_set, range(0, len(val_set), -(-len(val_set) // 256)))     # 256 at most
+    shown = to_model(torch.stack([few[i] for i in range(min(8, len(few)))]), device)
     bar = tqdm(total=cfg.steps, initial=start, disable=rank > 0, dynamic_ncols=True)
     rows, clock = [], time.perf_counter()
 
@@ -913,24 +839,25 @@ def train(cfg):
         record = dict(step=done, **summarise(rows, trainer.scaler.is_enabled()),        # raises before a save
                       lr=trainer.optimiser.param_groups[0]["lr"],
                       images_per_s=len(rows) * stride / (time.perf_counter() - clock))
-        bar.set_postfix({name: f"{record[key]:.3g}" for name, key in dict(
-            L1="l1", LPIPS="lpips", KL="kl_dim", D_acc="d_acc", ratio="grad_ratio").items() if key in record})
-        if to_sample and rank == 0:
-            measured = evaluate(trainer.average, val_set, device, trainer.perceptual, cfg.batch_size)
-            record |= {"val_" + k: measured[k] for k in ("psnr", "ssim", "lpips", "sharpness") if k in measured}
-            with torch.no_grad():
-                pair = shown, trainer.average(shown, sample=False)[0]       # input above reconstruction
-            save_png(torch.cat([torch.cat([*images_], 2) for images_ in pair], 1), out / f"samples/{done:07d}.png")
-            scaling_factor, full = measured["scaling_factor"], trainer.warm_up.weight(step) == 1 or not cfg.disc_weight
-            score = [int(full), -measured["lpips"] if "lpips" in measured else measured["psnr"]]
-            if score > best:                            # `full` first: no blurred image of the warm-up stays the best
+        shorts = dict(l1="L1", lpips="LPIPS", kl_dim="KL", d_acc="D acc", grad_ratio="∇adv/∇rec")
+        bar.set_postfix({shorts[key]: f"{record[key]:.3g}" for key in shorts if record.get(key)})
+        if rank == 0 and to_sample:
+            measured = evaluate(trainer.average, few, device, trainer.perceptual, cfg.batch_size)
+            record |= {f"val_{key}": measured[key] for key in ("psnr", "ssim", "lpips", "sharpness")
+                       if key in measured}
+            scaling_factor = measured["scaling_factor"]
+            save_pairs(trainer.average, shown, out / "samples" / f"{done:07d}.png")
+            with_gan = cfg.disc_weight == 0 or trainer.warm_up.weight(step) == 1
+            score = [int(with_gan), -measured.get("lpips", -measured["psnr"])]
+            if score > best:                                    # no blurred image of the warm-up stays best
                 best = score
                 save(trainer.checkpoint(done, scaling_factor=scaling_factor, best=best), out / "best.pt")
-        if to_save and rank == 0:
+        if rank == 0 and to_save:
             save(trainer.checkpoint(done, scaling_factor=scaling_factor, best=best), out / "last.pt")
         if rank == 0:
             with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in record.items()}) + "\n")
+                record = {k: v if k == "step" else float(f"{v:.6g}") for k, v in record.items()}
+                log.write(json.dumps(record) + "\n")
         rows, clock = [], time.perf_counter()
     bar.close()
     say(f"{out}: {max(start, cfg.steps)} steps done; a larger --steps goes on from here")
@@ -938,7 +865,95 @@ def train(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Measures, the other commands, main. Images in [-1, 1] -> one number an image, (B,).
+# Plumbing of a run: processes, data sets, files, records.
+
+
+def launch(cfg):
+    """-> device, rank, number of processes. Under torchrun it joins the others. Needs: UsageError."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    kind = next(k for k in there if there[k]) if cfg.device == "auto" else cfg.device
+    if not there[kind]:
+        raise UsageError(f"--device {kind}: there is none on this machine; take --device auto or cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device(kind), 0, 1
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def autoencoder(cfg):
+    """The AutoencoderKL of a Config, embed_dim = z_channels as in kl-f8. Needs: AutoencoderKL."""
+    return AutoencoderKL(3, cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels, cfg.z_channels)
+
+
+def open_data(cfg):
+    """-> training set, held-out set. Needs: ImageFolder, DeadLeaves."""
+    if not cfg.data:
+        return DeadLeaves(cfg.image_size, cfg.seed), DeadLeaves(cfg.image_size, cfg.seed + 1, length=64)
+    hold_out = 0 if cfg.val else 20
+    return (ImageFolder(cfg.data, cfg.image_size, True, cfg.seed, hold_out),
+            ImageFolder(cfg.val or cfg.data, cfg.image_size, False, cfg.seed, hold_out))
+
+
+def save(content, path):
+    """torch.save beside `path` and renamed into place, so that it is whole at any moment. Needs: nothing."""
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load(path):
+    """A checkpoint as a dict of tensors and plain values: a file cannot run code. Needs: UsageError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"state_dict", "config", "step", "training"} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+    except Exception as error:
+        raise UsageError(f"{path}: no checkpoint of vaegan.py: {str(error).splitlines()[0]}; give the last.pt "
+                         "or best.pt of a run, or move this file away") from None
+    return checkpoint
+
+
+def save_png(image, path):
+    """Write (3, H, W) in [-1, 1] as PNG, beside and renamed into place. Needs: the package pillow."""
+    from PIL import Image
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path.with_suffix(".tmp"), "PNG")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+@torch.no_grad()
+def save_pairs(vae, x, path):
+    """A picture of the images x, (n, 3, H, W), above their reconstructions. Needs: save_png."""
+    rows = [torch.cat(list(images), dim=2) for images in (x, vae(x, sample=False)[0])]
+    save_png(torch.cat(rows, dim=1), path)                      # (3, 2·H, n·W)
+
+
+def summarise(rows, scaled=False):
+    """Means of [(step, terms)] over steps and ranks, with one transfer from the device.
+
+    Raises FloatingPointError, naming step and terms, if one is not finite. scaled: gradients may be, unless
+    all steps' are: fp16's scaler skips those steps. Needs: average_over_ranks.
+    """
+    values = torch.stack([value.float() for _, terms in rows for value in terms.values()])
+    values = average_over_ranks(values).tolist()
+    table = [(step, {name: values.pop(0) for name in terms}) for step, terms in rows]
+    bad = [[name for name, value in terms.items() if not math.isfinite(value)] for _, terms in table]
+    for (step, terms), names in zip(table, bad):
+        skipped = scaled and not all(bad) and all(n.startswith(("grad_", "lam", "w")) for n in names)
+        if names and not skipped:
+            raise FloatingPointError(f"step {step + 1}: {', '.join(names)} not finite; all terms: "
+                                     + ", ".join(f"{name} {value:.4g}" for name, value in terms.items()))
+    good = {}
+    for name, value in (item for _, terms in table for item in terms.items() if math.isfinite(item[1])):
+        good.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in good.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Measures, of images in [-1, 1]: one number an image, (B,).
 
 
 def psnr(x, x_hat):
@@ -949,7 +964,7 @@ def psnr(x, x_hat):
 def ssim(x, x_hat):
     """Structural similarity, 1 if equal: the mean over channels and whole windows; for 11 px and more.
 
-    Source: Wang et al. 2004, eq. 13: Gaussian window of 11 px, σ 1.5, K = 0.01 and 0.03, range 1. Needs: nothing.
+    Source: Wang et al. 2004, eq. 13: Gaussian window of 11 px, σ 1.5, K = 0.01, 0.03, range 1. Needs: nothing.
     """
     x, y = (x + 1) / 2, (x_hat + 1) / 2
     window = torch.exp(-torch.arange(-5, 6).to(x) ** 2 / (2 * 1.5 ** 2))
@@ -958,47 +973,40 @@ def ssim(x, x_hat):
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = 0.01 ** 2, 0.03 ** 2
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
+    similarity = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return similarity.mean(dim=(1, 2, 3))
 
 
 def high_frequency_energy(x):
-    """Spectral energy above half of Nyquist, a mean over all values. A Hann window hides the jump from one border
-    to the opposite one. Needs: nothing."""
+    """Spectral energy above half of Nyquist, a mean over all values. A Hann window hides the jump from one
+    border to the opposite one. Needs: nothing."""
     h, w = x.shape[-2:]
     window = torch.outer(torch.hann_window(h, False), torch.hann_window(w, False)).to(x)
     frequency = torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.fftfreq(w)).to(x)   # cycles a pixel
     return (torch.fft.fft2(x * window, norm="ortho").abs().pow(2) * (frequency > 0.25)).mean(dim=(1, 2, 3))
 
 
-def save_png(image, path):
-    """Write (3, H, W) in [-1, 1] as PNG, beside and renamed into place. Needs: the package pillow."""
-    from PIL import Image
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).permute(1, 2, 0)      # (H, W, 3)
-    Image.fromarray(pixels.numpy()).save(path.with_suffix(".tmp"), "PNG")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 @torch.no_grad()
 def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=""):
     """Measure the reconstructions (decoded means, clamped to [-1, 1]) of a dataset of uint8 images -> dict:
 
-    images; psnr, dB; ssim; lpips, with `perceptual` only; sharpness, high-frequency energy of x̂ over that of x,
-    each summed over all images: 1 is as sharp; kl_dim, nats a latent dimension; scaling_factor, 1/std of the
-    posteriors' samples, 0.18215 for Stable Diffusion. save_to: folder for input/*.png and reconstruction/*.png.
+    images; psnr, dB; ssim; lpips, with `perceptual` only; kl_dim, nats a latent dimension; sharpness,
+    high-frequency energy of x̂ over that of x, summed over the images: 1 is as sharp; scaling_factor, 1/std of
+    the posteriors' samples: 0.18215 for Stable Diffusion. save_to: folder to get input/ and reconstruction/.
     Needs: to_model, psnr, ssim, high_frequency_energy, save_png.
     """
     noise, sums, count = torch.Generator(device).manual_seed(0), {}, 0
     for images in torch.utils.data.DataLoader(dataset, batch_size):
         x = to_model(images, device)
         posterior = vae.encode(x)
-        x_hat, z = vae.decode(posterior.mode()).clamp(-1, 1), posterior.sample(noise).double()
+        x_hat, z = vae.decode(posterior.mode()).clamp(-1, 1), posterior.sample(noise)
         values = dict(psnr=psnr(x, x_hat), ssim=ssim(x, x_hat), kl_dim=posterior.kl() / z[0].numel(),
                       high=high_frequency_energy(x), high_hat=high_frequency_energy(x_hat),
                       z=z.mean(dim=(1, 2, 3)), z2=z.pow(2).mean(dim=(1, 2, 3)))
         if perceptual:
             values["lpips"] = perceptual(x, x_hat)
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.double().sum().item()
+            sums[name] = sums.get(name, 0.0) + sum(value.tolist())
         for name, batch in dict(input=x, reconstruction=x_hat).items() if save_to else ():
             os.makedirs(os.path.join(save_to, name), exist_ok=True)
             for i, image in enumerate(batch, count):
@@ -1006,71 +1014,72 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
         count += len(x)
     mean = {name: total / count for name, total in sums.items()}
     std = math.sqrt(mean.pop("z2") - mean.pop("z") ** 2)
-    return dict(images=count, sharpness=mean.pop("high_hat") / mean.pop("high"), scaling_factor=1 / std, **mean)
+    sharpness = mean.pop("high_hat") / mean.pop("high")
+    return dict(images=count, **mean, sharpness=sharpness, scaling_factor=1 / std)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command line.
 
 
 def eval_command(checkpoint, data, save_to, image_size, batch_size, perceptual_net, device):
-    """`python vaegan.py eval`: print one table of measures. Needs: all above."""
+    """`python vaegan.py eval`: print one table. Needs: all of the file."""
     file = load(checkpoint)
     cfg = Config(**{f.name: file["config"][f.name] for f in fields(Config) if f.name in file["config"]})
     cfg = replace(cfg, data=data, device=device, image_size=image_size or cfg.image_size)
-    device = launch(cfg)[0]
-    vae = autoencoder(cfg)
+    device, vae, units = launch(cfg)[0], autoencoder(cfg), dict(
+        psnr="dB", kl_dim="nats a latent dimension", lpips=f"({perceptual_net})",
+        sharpness="high frequencies, x̂ over x", scaling_factor="1/std of z")
     try:
         vae.load_state_dict(file["state_dict"])
     except RuntimeError as error:
-        raise UsageError(f"{checkpoint}: {' '.join(str(error).split())}; give another checkpoint") from None
+        raise UsageError(f"{checkpoint}: {' '.join(str(error).split())}; give another one") from None
     dataset = ImageFolder(data, cfg.image_size, train=False) if data else open_data(cfg)[1]
     try:
-        perceptual = Perceptual(perceptual_net).to(device)
+        perceptual, without = Perceptual(perceptual_net).to(device), ""
     except UsageError as error:
-        perceptual, without = None, f"not measured: {error}"
+        perceptual, without = None, f"  {'lpips':16}not measured: {error}"
     measured = evaluate(vae.to(device), dataset, device, perceptual, batch_size, save_to)
-    print(f"{checkpoint}, step {file['step']}: {measured['images']} centre crops of {cfg.image_size} px "
-          f"from {data or 'dead leaves'}")
-    for key, name, digits in (
-            ("psnr", "PSNR, dB", 2), ("ssim", "SSIM", 3), ("lpips", f"LPIPS ({perceptual_net})", 3),
-            ("sharpness", "sharpness, x̂ / x", 3), ("kl_dim", "KL, nats a latent dimension", 2),
-            ("scaling_factor", "scaling factor, 1/std of z", 5)):
-        print(f"  {name:30}{measured[key]:.{digits}f}" if key in measured else f"  {name:30}{without}")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UsageError, one line."""
-
-    def error(self, message):
-        raise UsageError(f"{message}; see {self.prog} --help")
+    print(f"{checkpoint}, step {file['step']}: {measured.pop('images')} centre crops of {cfg.image_size} px, "
+          f"{data or 'dead leaves'}")
+    for name, value in measured.items():
+        print(f"  {name:16}{value:<9.5g}{units.get(name, '')}".rstrip())
+    if without:
+        print(without)
 
 
 def parse(argv):
-    """Command line -> dict of its flags; `train` gives those that were typed and nothing else."""
-    look = dict(allow_abbrev=False, formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32))
+    """Command line -> dict of its flags, for `train` of those that were typed. Raises UsageError."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(f"{message}; see {self.prog} --help")
+
+    look = dict(allow_abbrev=False,
+                formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32))
     parser = Parser(prog="vaegan.py", description=__doc__.splitlines()[0], **look)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval")
     sub = commands.add_parser("train", **look, help="train on a folder of images, or continue", description=(
         "Train on a folder of images; the same command again continues. Flags go over the preset's values."))
-    groups = {}
+    groups = {f.metadata["group"]: None for f in fields(Config)}
+    groups = {name: sub.add_argument_group(name) for name in groups}
     for f in fields(Config):
         meta, flag = f.metadata, dict(default=argparse.SUPPRESS, help=f.metadata["help"])
         if isinstance(f.default, bool):
             flag["action"] = argparse.BooleanOptionalAction
         else:
-            flag.update(type=meta["parse"], choices=meta["choices"], nargs="+" if f.name == "ch_mult" else None)
-            if not meta["choices"]:
-                flag["metavar"] = "N" if meta["parse"] in (int, float) else f.name.upper()
+            metavar = "N" if meta["parse"] in (int, float) else f.name.upper()
+            flag |= dict(type=meta["parse"], choices=meta["choices"], nargs="+" if f.name == "ch_mult" else None,
+                         metavar=None if meta["choices"] else metavar)
         if f.name == "preset":
-            flag.update(default="auto", choices=("auto", "sd", "tiny"), metavar=None,
-                        help=meta["help"].split(" (")[0] + "; auto: sd on a CUDA GPU, else tiny (default: auto)")
-        if meta["group"] not in groups:
-            groups[meta["group"]] = sub.add_argument_group(meta["group"])
+            flag["default"] = "auto"
         groups[meta["group"]].add_argument("--" + f.name.replace("_", "-"), **flag)
     sub = commands.add_parser("eval", **look, help="measure a checkpoint on a folder of images", description=(
         "PSNR, SSIM, LPIPS, sharpness and KL of a checkpoint's reconstructions of centre crops."))
-    sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run folder")
-    sub.add_argument("--data", default="", metavar="DIR", help="folder of images; empty: held-out dead leaves")
+    sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run")
+    sub.add_argument("--data", default="", metavar="DIR", help="folder of images; empty: dead leaves")
     sub.add_argument("--save", default="", metavar="DIR", dest="save_to",
                      help="write DIR/input/*.png and DIR/reconstruction/*.png, for any FID tool")
-    sub.add_argument("--image-size", default=0, type=int, metavar="N", help="side of the crops; 0: as in training")
+    sub.add_argument("--image-size", default=0, type=int, metavar="N", help="side of a crop; 0: as trained")
     sub.add_argument("--batch-size", default=8, type=int, metavar="N", help="images at once (default: 8)")
     sub.add_argument("--perceptual-net", default="alex", choices=("vgg", "alex", "squeeze"),
                      help="trunk of LPIPS (default: alex, which papers report)")
@@ -1079,20 +1088,18 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Run a command line -> exit status: 0 done, 2 bad input, 3 not finite, 130 interrupted. Needs: all above."""
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    """Run a command line -> exit status: 0 done, 2 bad input, 3 not finite, 130 interrupted."""
     try:
         flags = parse(argv)
         if flags.pop("command") == "eval":
-            eval_command(**{name.replace("-", "_"): value for name, value in flags.items()})
+            eval_command(**flags)
             return 0
         preset = flags.pop("preset")
-        gpu = torch.cuda.is_available() and flags.get("device", "auto") in ("auto", "cuda")
         if preset == "auto":
-            preset = "sd" if gpu else "tiny"
-            if is_main:
-                print(f"preset {preset}, for {'a' if gpu else 'want of a'} CUDA GPU; "
-                      f"--preset {'tiny' if gpu else 'sd'} takes the other")
+            gpu = torch.cuda.is_available() and flags.get("device", "auto") in ("auto", "cuda")
+            preset, other, why = ("sd", "tiny", "a CUDA GPU") if gpu else ("tiny", "sd", "no CUDA GPU")
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"preset {preset}, as there is {why}; --preset {other} chooses the other one")
         train(Config.of(preset, **flags))
         return 0
     except UsageError as error:
@@ -1104,7 +1111,7 @@ def main(argv=None):
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if is_main:
+    if int(os.environ.get("RANK", 0)) == 0:
         print(f"vaegan.py: {line}", file=sys.stderr)
     return status
 
