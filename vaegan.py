@@ -481,7 +481,8 @@ class WarmUp:
         return dict(start=self.start, reason=self.reason, flat=self.flat, losses=losses)
 
     def load_state_dict(self, state):
-        self.__dict__.update(state)
+        if self.start is None:                                  # a step that is asked for now has precedence
+            self.__dict__.update(state)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -541,7 +542,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def load(self, k, generator=None):
         """File k, or the next one that decodes, cropped at random, or without a generator at the centre."""
-        for k in [*range(k, len(self)), *range(k)]:
+        for k in (i % len(self) for i in range(k, k + len(self))):
             if not self.broken[k]:
                 try:
                     return self.crop(self.decode(self.files[k]), generator)
