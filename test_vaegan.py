@@ -1051,6 +1051,16 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
     AutoencoderKL(ch=8, ch_mult=(1, 2), num_res_blocks=1).load_state_dict(checkpoint["state_dict"])
 
 
+def test_the_warm_up_ends_by_itself_and_the_log_says_when_and_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [str(flag) for flag in tiny_flags("run", "--steps", 8, "--disc-start", "plateau")]
+    assert vaegan.main(flags) == 0 and "step 4: the warm-up is over: the latest step" in capsys.readouterr().out
+    records = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [r.get("event", "")[:6] for r in records] == ["", "step 4", "", ""]
+    assert ["d_loss" in r for r in records] == [False, False, True, True]       # D from step 4, G one step later
+    assert "grad_ratio" in records[2] and records[3]["grad_ratio"] > 0.4
+
+
 def test_eval_prints_one_table_and_saves_both_sets_of_images(tmp_path):
     photos, out = write_photos(tmp_path / "photos", 3), tmp_path / "run"
     assert finish(command(*tiny_flags(out, "--steps", 2)))[0] == 0               # dead leaves: no data needed
@@ -1135,8 +1145,8 @@ def test_every_flag_and_every_logged_number_of_the_readme_exists_and_the_other_w
     source = definitions()[0]
     for flag in set(re.findall(r"`?vaegan.py [^\n`]*", readme)):
         for name in re.findall(r"--([a-z0-9-]+)", flag):
-            assert f"\"--{name}\"" in source or name.replace("-", "_") in Config.__dataclass_fields__, name
-    table = set(re.findall(r"^\| `(\w+)`", readme, re.M))
+            assert f"\"--{name}\"" in source or name.replace("-", "_") in {*Config.__dataclass_fields__, "help"}, name
+    table = {name for cell in re.findall(r"^\| (`[^|]+) \|", readme, re.M) for name in re.findall(r"`(\w+)`", cell)}
     logged = set(re.findall(r"\b(l1|l2|lpips|rec_loss|kl|kl_dim|g_loss|d_loss|logits_real|logits_fake|d_acc|lam|lam_clamped|w|"
                             r"grad_ratio|lr|images_per_s)=", source))
     logged |= {"grad_norm_enc", "grad_norm_dec", "grad_norm_disc", "val_psnr", "val_ssim", "val_lpips", "val_sharpness"}

@@ -39,10 +39,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------
 # Configuration: one dataclass is the command line, its help, and the record in every checkpoint.
@@ -506,7 +508,6 @@ class ImageFolder(torch.utils.data.Dataset):
     none that can be decoded. Needs: UsageError, seed_of, the package pillow.
     """
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
-        from PIL import Image
         if not os.path.isdir(root):
             raise UsageError(f"{root}: no such folder; give one that holds images")
         known = {suffix for suffix, kind in Image.registered_extensions().items()
@@ -553,7 +554,6 @@ class ImageFolder(torch.utils.data.Dataset):
                          "give a folder that holds images")
 
     def decode(self, file):
-        from PIL import Image, ImageOps
         with Image.open(file) as image:
             image.draft(None, (2 * self.size, 2 * self.size))   # JPEG only, before it is decoded
             image = ImageOps.exif_transpose(image)
@@ -565,7 +565,6 @@ class ImageFolder(torch.utils.data.Dataset):
             return image.convert("RGB")
 
     def crop(self, image, generator):
-        from PIL import Image
         side = min(self.size, *image.size)
         spare = image.width - side, image.height - side
         x, y = (int(torch.randint(s + 1, (), generator=generator)) if generator else s // 2 for s in spare)
@@ -589,7 +588,6 @@ class DeadLeaves(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, i):
-        from PIL import Image, ImageDraw
         generator = torch.Generator().manual_seed(seed_of(self.seed, i))
         side = 2 * self.size                                    # drawn twice as large, averaged in the end
         r_min, r_max = 6.0, side / 2
@@ -797,7 +795,6 @@ def train(cfg):
     -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, best.pt. Raises UsageError before
     anything is written, FloatingPointError when a loss or a gradient is not finite. Needs: all of the file.
     """
-    from tqdm import tqdm
     device, rank, world = launch(cfg)
     say = tqdm.write if rank == 0 else lambda line: None
     train_set, val_set = open_data(cfg)
@@ -823,21 +820,22 @@ def train(cfg):
     few = torch.utils.data.Subset(val_set, range(0, len(val_set), -(-len(val_set) // 256)))     # 256 at most
     shown = to_model(torch.stack([few[i] for i in range(min(8, len(few)))]), device)
     bar = tqdm(total=cfg.steps, initial=start, disable=rank > 0, dynamic_ncols=True)
-    rows, clock = [], time.perf_counter()
+    rows, event, clock = [], {}, time.perf_counter()
 
     for step in range(start, cfg.steps):
         terms = trainer.update(step, images)
         rows += [(step, t) for t in terms]
         if cfg.disc_weight and trainer.warm_up.start is None:
             if trainer.warm_up.observe(average_over_ranks(terms[-1]["rec_loss"].clone()), step):
-                say(f"step {step + 1}: the warm-up is over: {trainer.warm_up.reason}")
+                event = dict(event=f"step {step + 1}: the warm-up is over: {trainer.warm_up.reason}")
+                say(event["event"])
         bar.update()
         done = step + 1
         to_log, to_sample, to_save = (done % every == 0 or done == cfg.steps
                                       for every in (cfg.log_every, cfg.sample_every, cfg.save_every))
         if not (to_log or to_sample or to_save):
             continue
-        record = dict(step=done, **summarise(rows, trainer.scaler.is_enabled()),        # raises before a save
+        record = dict(step=done, **event, **summarise(rows, trainer.scaler.is_enabled()),        # raises before a save
                       lr=trainer.optimiser.param_groups[0]["lr"],
                       images_per_s=len(rows) * stride / (time.perf_counter() - clock))
         shorts = dict(l1="L1", lpips="LPIPS", kl_dim="KL", d_acc="D acc", grad_ratio="∇adv/∇rec")
@@ -857,9 +855,9 @@ def train(cfg):
             save(trainer.checkpoint(done, scaling_factor=scaling_factor, best=best), out / "last.pt")
         if rank == 0:
             with open(out / "log.jsonl", "a") as log:
-                record = {k: v if k == "step" else float(f"{v:.6g}") for k, v in record.items()}
+                record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
                 log.write(json.dumps(record) + "\n")
-        rows, clock = [], time.perf_counter()
+        rows, event, clock = [], {}, time.perf_counter()
     bar.close()
     say(f"{out}: {max(start, cfg.steps)} steps done; a larger --steps goes on from here")
     return trainer
@@ -912,14 +910,13 @@ def load(path):
         if missing:
             raise ValueError(f"without {', '.join(sorted(missing))}")
     except Exception as error:
-        raise UsageError(f"{path}: no checkpoint of vaegan.py: {str(error).splitlines()[0]}; give the last.pt "
-                         "or best.pt of a run, or move this file away") from None
+        raise UsageError(f"{path}: no checkpoint of vaegan.py ({str(error).splitlines()[0]}); give a last.pt or "
+                         "best.pt, or move this file away") from None
     return checkpoint
 
 
 def save_png(image, path):
     """Write (3, H, W) in [-1, 1] as PNG, beside and renamed into place. Needs: the package pillow."""
-    from PIL import Image
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path.with_suffix(".tmp"), "PNG")
     os.replace(path.with_suffix(".tmp"), path)
@@ -965,7 +962,7 @@ def psnr(x, x_hat):
 def ssim(x, x_hat):
     """Structural similarity, 1 if equal: the mean over channels and whole windows; for 11 px and more.
 
-    Source: Wang et al. 2004, eq. 13: Gaussian window of 11 px, σ 1.5, K = 0.01, 0.03, range 1. Needs: nothing.
+    Source: Wang et al. 2004, eq. 13: Gaussian window of 11 px, σ 1.5, K 0.01, 0.03, range 1. Needs: nothing.
     """
     x, y = (x + 1) / 2, (x_hat + 1) / 2
     window = torch.exp(-torch.arange(-5, 6).to(x) ** 2 / (2 * 1.5 ** 2))
@@ -992,15 +989,15 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
     """Measure the reconstructions (decoded means, clamped to [-1, 1]) of a dataset of uint8 images -> dict:
 
     images; psnr, dB; ssim; lpips, with `perceptual` only; kl_dim, nats a latent dimension; sharpness,
-    high-frequency energy of x̂ over that of x, summed over the images: 1 is as sharp; scaling_factor, 1/std of
-    the posteriors' samples: 0.18215 for Stable Diffusion. save_to: folder to get input/ and reconstruction/.
+    high-frequency energy of x̂ over that of x, over all images: 1 is as sharp; scaling_factor, 1/std of the
+    posteriors' samples: 0.18215 for Stable Diffusion. save_to: folder to get input/ and reconstruction/.
     Needs: to_model, psnr, ssim, high_frequency_energy, save_png.
     """
     noise, sums, count = torch.Generator(device).manual_seed(0), {}, 0
     for images in torch.utils.data.DataLoader(dataset, batch_size):
         x = to_model(images, device)
         posterior = vae.encode(x)
-        x_hat, z = vae.decode(posterior.mode()).clamp(-1, 1), posterior.sample(noise)
+        x_hat, z = vae.decode(posterior.mode()).clamp(-1, 1), posterior.sample(noise).double()
         values = dict(psnr=psnr(x, x_hat), ssim=ssim(x, x_hat), kl_dim=posterior.kl() / z[0].numel(),
                       high=high_frequency_energy(x), high_hat=high_frequency_energy(x_hat),
                       z=z.mean(dim=(1, 2, 3)), z2=z.pow(2).mean(dim=(1, 2, 3)))
@@ -1014,7 +1011,7 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
                 save_png(image, Path(save_to, name, f"{i:06d}.png"))
         count += len(x)
     mean = {name: total / count for name, total in sums.items()}
-    std = math.sqrt(mean.pop("z2") - mean.pop("z") ** 2)
+    std = math.sqrt(max(mean.pop("z2") - mean.pop("z") ** 2, 1e-20))
     sharpness = mean.pop("high_hat") / mean.pop("high")
     return dict(images=count, **mean, sharpness=sharpness, scaling_factor=1 / std)
 
@@ -1023,30 +1020,29 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
 # The command line.
 
 
-def eval_command(checkpoint, data, save_to, image_size, batch_size, perceptual_net, device):
+def eval_command(checkpoint, data, save_to, image_size, perceptual_net, device):
     """`python vaegan.py eval`: print one table. Needs: all of the file."""
-    file = load(checkpoint)
-    cfg = Config(**{f.name: file["config"][f.name] for f in fields(Config) if f.name in file["config"]})
+    content = load(checkpoint)
+    cfg = Config(**{f.name: content["config"][f.name] for f in fields(Config) if f.name in content["config"]})
     cfg = replace(cfg, data=data, device=device, image_size=image_size or cfg.image_size)
-    device, vae, units = launch(cfg)[0], autoencoder(cfg), dict(
-        psnr="dB", kl_dim="nats a latent dimension", lpips=f"({perceptual_net})",
-        sharpness="high frequencies, x̂ over x", scaling_factor="1/std of z")
+    device, vae, without = launch(cfg)[0], autoencoder(cfg), ""
     try:
-        vae.load_state_dict(file["state_dict"])
+        vae.load_state_dict(content["state_dict"])
     except RuntimeError as error:
         raise UsageError(f"{checkpoint}: {' '.join(str(error).split())}; give another one") from None
     dataset = ImageFolder(data, cfg.image_size, train=False) if data else open_data(cfg)[1]
     try:
-        perceptual, without = Perceptual(perceptual_net).to(device), ""
+        perceptual = Perceptual(perceptual_net).to(device)
     except UsageError as error:
-        perceptual, without = None, f"  {'lpips':16}not measured: {error}"
-    measured = evaluate(vae.to(device), dataset, device, perceptual, batch_size, save_to)
-    print(f"{checkpoint}, step {file['step']}: {measured.pop('images')} centre crops of {cfg.image_size} px, "
+        perceptual, without = None, f"  lpips           not measured: {error}\n"
+    measured = evaluate(vae.to(device), dataset, device, perceptual, save_to=save_to)
+    units = dict(psnr="dB", kl_dim="nats a latent dimension", lpips=f"({perceptual_net})",
+                 sharpness="high frequencies, x̂ over x", scaling_factor="1/std of z")
+    print(f"{checkpoint}, step {content['step']}: {measured.pop('images')} centre crops of {cfg.image_size} px, "
           f"{data or 'dead leaves'}")
     for name, value in measured.items():
-        print(f"  {name:16}{value:<9.5g}{units.get(name, '')}".rstrip())
-    if without:
-        print(without)
+        print(f"  {name:15} {value:<10.4g} {units.get(name, '')}".rstrip())
+    print(without, end="")
 
 
 def parse(argv):
@@ -1061,16 +1057,16 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval")
     sub = commands.add_parser("train", **look, help="train on a folder of images, or continue", description=(
         "Train on a folder of images; the same command again continues. Flags go over the preset's values."))
-    groups = {f.metadata["group"]: None for f in fields(Config)}
-    groups = {name: sub.add_argument_group(name) for name in groups}
+    names = dict.fromkeys(f.metadata["group"] for f in fields(Config))
+    groups = {name: sub.add_argument_group(name) for name in names}
     for f in fields(Config):
         meta, flag = f.metadata, dict(default=argparse.SUPPRESS, help=f.metadata["help"])
         if isinstance(f.default, bool):
             flag["action"] = argparse.BooleanOptionalAction
         else:
             metavar = "N" if meta["parse"] in (int, float) else f.name.upper()
-            flag |= dict(type=meta["parse"], choices=meta["choices"], nargs="+" if f.name == "ch_mult" else None,
-                         metavar=None if meta["choices"] else metavar)
+            flag |= dict(type=meta["parse"], choices=meta["choices"],
+                         nargs="+" if f.name == "ch_mult" else None, metavar=None if meta["choices"] else metavar)
         if f.name == "preset":
             flag["default"] = "auto"
         groups[meta["group"]].add_argument("--" + f.name.replace("_", "-"), **flag)
@@ -1081,7 +1077,6 @@ def parse(argv):
     sub.add_argument("--save", default="", metavar="DIR", dest="save_to",
                      help="write DIR/input/*.png and DIR/reconstruction/*.png, for any FID tool")
     sub.add_argument("--image-size", default=0, type=int, metavar="N", help="side of a crop; 0: as trained")
-    sub.add_argument("--batch-size", default=8, type=int, metavar="N", help="images at once (default: 8)")
     sub.add_argument("--perceptual-net", default="alex", choices=("vgg", "alex", "squeeze"),
                      help="trunk of LPIPS (default: alex, which papers report)")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
