@@ -87,7 +87,7 @@ class Config:
     pixel_loss: str = arg("losses", "l1", "pixel term, a mean over all values", choices=("l1", "l2"))
     perceptual_weight: float = arg("losses", 1.0, "weight of LPIPS; 0: off", tiny=0.0)
     perceptual_net: str = arg("losses", "vgg", "trunk of LPIPS", choices=("vgg", "alex", "squeeze"))
-    kl_weight: float = arg("losses", 1e-6, "weight of the KL, summed over an image and divided by 3·H·W")
+    kl_weight: float = arg("losses", 1e-6, "weight of the KL (of an image, divided by 3·H·W)", tiny=1e-2)
     disc_weight: float = arg("losses", 0.5, "GAN's gradient / reconstruction's, at the last layer; 0: no GAN")
     adaptive: bool = arg("losses", True, "scale the GAN's gradient by λ, VQGAN eq. 7")
     r1: float = arg("losses", 0.0, "γ of the R1 penalty on D, every 16 steps; 10 is usual; 0: off")
