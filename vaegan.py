@@ -20,17 +20,7 @@ Sections: configuration, autoencoder, discriminator, losses, data, step and loop
 Every class and function runs when cut out with what its docstring names under "Needs:".
 """
 
-import argparse
-import contextlib
-import functools
-import hashlib
-import itertools
-import json
-import math
-import os
-import sys
-import time
-import warnings
+import argparse, contextlib, functools, hashlib, itertools, json, math, os, sys, time, warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -46,19 +36,18 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------
-# Configuration: one dataclass is the command line, its help, and the record in every checkpoint.
+# ---- Configuration: one dataclass is the command line, its help, and the record in every checkpoint.
 
 
 class UsageError(ValueError):
     """Bad input in one line: the flag or file, its value, the way out. The command exits with 2."""
 
 
-def arg(group, default, help, tiny=None, least=0, parse=None, choices=None):
+def arg(group, default, help, tiny=None, least=0, most=math.inf, parse=None, choices=None):
     """A field of Config that is also a flag. default: preset sd's value; tiny: the other's, if it differs."""
     help += f" (default: {default})" if tiny is None else f" (sd: {default}, tiny: {tiny})"
-    return field(default=default, metadata=dict(
-        group=group, help=help, tiny=tiny, least=least, parse=parse or type(default), choices=choices))
+    return field(default=default, metadata=dict(group=group, help=help, tiny=tiny, least=least, most=most,
+                                                parse=parse or type(default), choices=choices))
 
 
 def step_or_plateau(text):
@@ -103,9 +92,9 @@ class Config:
     lr_disc: float = arg("optimiser", 1e-4, "the discriminator's learning rate", tiny=5e-4)
     lr_warmup: int = arg("optimiser", 1000, "steps from 0 to the full learning rate; 0: off", tiny=20)
     clip: float = arg("optimiser", 1.0, "largest gradient norm of encoder, of decoder and of D; 0: off")
-    ema: float = arg("optimiser", 0.999, "decay of the averaged weights, which are saved; 0: off", tiny=0.98)
+    ema: float = arg("optimiser", 0.999, "decay of the averaged weights that are saved; 0: off", 0.98, most=1)
     accumulate: int = arg("optimiser", 1, "batches an update", least=1)
-    seed: int = arg("optimiser", 0, "of weights, crops and noise")
+    seed: int = arg("optimiser", 0, "of weights, crops and noise", most=2 ** 63)
 
     device: str = arg("machine", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = arg("machine", "auto", "of the networks; losses and λ stay fp32. auto: fp32, on a CUDA "
@@ -122,10 +111,12 @@ class Config:
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))            # JSON knows lists only
         for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata["least"]
+            value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
             numbers = value if f.name == "ch_mult" else [value] * isinstance(value, (int, float))
-            if not all(number >= least for number in numbers):
-                raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
+            if not all(least <= number <= most for number in numbers):
+                raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be from {least} to {most}")
+        if self.val and not self.data:
+            raise UsageError(f"--val {self.val}: there is no --data it could be held out from; give that too")
         factor = 2 ** (len(self.ch_mult) - 1)
         if self.image_size % factor:
             raise UsageError(f"--image-size {self.image_size}: {len(self.ch_mult)} levels need a multiple of "
@@ -138,18 +129,15 @@ class Config:
         return cls(**{**(tiny if preset == "tiny" else {}), **flags, "preset": preset})
 
 
-# ----------------------------------------------------------------------------------------------------
-# Autoencoder: kl-f8's computation under CompVis' parameter names, so that its files open elsewhere.
+# ---- Autoencoder: kl-f8's computation under CompVis' parameter names, so that its files open elsewhere.
 # Source of all of it: CompVis latent-diffusion, ldm/modules/diffusionmodules/model.py.
 
 
 def group_norm(channels):
     """GroupNorm(32, eps 1e-6), CompVis' own wherever `channels` is a multiple of 32; other widths get as many
     groups as leave at least four channels in each, which is what kl-f8 has at 128."""
-    groups = 32 if channels % 32 == 0 else max(channels // 4, 1)
-    while channels % groups:
-        groups -= 1
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    most = 32 if channels % 32 == 0 else max(channels // 4, 1)
+    return nn.GroupNorm(max(g for g in range(1, most + 1) if channels % g == 0), channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -186,24 +174,18 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))  # (B, C, H, W)
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """Stride-2 convolution, zeros at right and bottom. (B, C, H, W) -> (B, C, H/2, W/2). Needs: nothing."""
     def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        conv = nn.Conv2d(channels, channels, 3, stride=2)
+        super().__init__(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))    # left, right, top, bottom
 
 
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2H, 2W). Needs: nothing."""
     def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        conv = nn.Conv2d(channels, channels, 3, padding=1)
+        super().__init__(OrderedDict(up=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))
 
 
 def level(c_in, c, n, **then):
@@ -326,8 +308,7 @@ class AutoencoderKL(nn.Module):
         return self.decode(posterior.sample(generator) if sample else posterior.mode()), posterior
 
 
-# ----------------------------------------------------------------------------------------------------
-# Discriminator: is this patch of 70×70 pixels from a photograph?
+# ---- Discriminator: is this patch of 70×70 pixels from a photograph?
 
 
 class PatchDiscriminator(nn.Module):
@@ -360,8 +341,7 @@ class PatchDiscriminator(nn.Module):
         return h.to(x.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Losses, and when the adversarial one comes on.
+# ---- Losses, and when the adversarial one comes on.
 
 
 def hinge_d_loss(logits_real, logits_fake):
@@ -457,8 +437,8 @@ class WarmUp:
         if self.start is not None:
             return False
         self.losses.append(rec_loss)                            # a tensor is read at the next comparison
-        if len(self.losses) == 2 * self.window:
-            losses = [float(loss) for loss in self.losses]
+        if len(self.losses) >= 2 * self.window:
+            losses = [float(loss) for loss in self.losses[-2 * self.window:]]
             old, new = (sorted(losses[i:i + self.window])[self.window // 2] for i in (0, self.window))
             self.losses = losses[(self.window + 1) // 2:]
             self.flat = self.flat + 1 if new > (1 - self.tolerance) * old else 0
@@ -467,7 +447,7 @@ class WarmUp:
                 self.reason = (f"the median loss of {self.window} steps fell by {1 - new / old:.1%}, and "
                                f"{self.flat} times in a row by less than {self.tolerance:.0%}")
         if self.start is None and step + 1 >= self.most:
-            self.start, self.reason = step + 1, "the latest step for it, though the loss still falls"
+            self.start, self.reason = step + 1, "this is the latest step for it"
         return self.start is not None
 
     def trains_disc(self, step):
@@ -487,13 +467,7 @@ class WarmUp:
             self.__dict__.update(state)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Data: any folder of images, or dead leaves. Datasets give uint8, the device makes it [-1, 1].
-
-
-def seed_of(*numbers):
-    """A 63-bit seed of some integers, so well mixed that (seed, step) and (seed, step + 1) share nothing."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+# ---- Data: any folder of images, or dead leaves. Datasets give uint8, the device makes it [-1, 1].
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -502,10 +476,10 @@ class ImageFolder(torch.utils.data.Dataset):
     train=True: item i is the i-th of endless shuffled passes, cropped and flipped at random. It depends on
     (seed, i) alone, so no worker count and no restart changes it. train=False: the centre of the i-th file by
     name. hold_out=n: every n-th file is for train=False, the others for train=True; 0: all are for both.
-    Images smaller than the crop are enlarged, JPEGs more than twice as large are decoded at 1/2, 1/4 or 1/8.
-    EXIF orientation is applied, transparency lies on white, 16 bits become 8. A file that cannot be decoded
-    is reported once, and the next one stands in. Raises UsageError if there is no folder, no image file, or
-    none that can be decoded. Needs: UsageError, seed_of, the package pillow.
+    Images smaller than the crop are enlarged; JPEGs of at least four times the crop are decoded at 1/2, 1/4
+    or 1/8, still twice as large as it. EXIF orientation is applied, transparency lies on white, 16 bits become 8. A
+    file that cannot be decoded is reported once, and the next one stands in. Raises UsageError if there is no
+    folder, no image file, or none that can be decoded. Needs: UsageError, seed_of, the packages pillow, tqdm.
     """
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
         if not os.path.isdir(root):
@@ -543,15 +517,19 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def load(self, k, generator=None):
         """File k, or the next one that decodes, cropped at random, or without a generator at the centre."""
+        skipped = []
         for k in (i % len(self) for i in range(k, k + len(self))):
             if not self.broken[k]:
                 try:
-                    return self.crop(self.decode(self.files[k]), generator)
+                    picture = self.crop(self.decode(self.files[k]), generator)
                 except Exception as error:                      # decoders raise whatever they like
                     self.broken[k] = True
-                    print(f"\nskipped {self.files[k]}: {error or type(error).__name__}", file=sys.stderr)
-        raise UsageError(f"{os.path.dirname(self.files[0])}: none of {len(self)} image files can be decoded; "
-                         "give a folder that holds images")
+                    skipped.append(f"skipped {self.files[k]}: {error or type(error).__name__}")
+                    continue
+                for line in skipped:
+                    tqdm.write(line, file=sys.stderr)
+                return picture
+        raise UsageError(f"{self.files[0]} and {len(self) - 1} more: none can be decoded; give other images")
 
     def decode(self, file):
         with Image.open(file) as image:
@@ -609,21 +587,7 @@ class DeadLeaves(torch.utils.data.Dataset):
         return (F.avg_pool2d(image, 2) * 255).round().clamp(0, 255).to(torch.uint8)     # (3, size, size)
 
 
-def to_model(images, device):
-    """(B, 3, H, W) uint8 -> float in [-1, 1] on the device, in channels-last layout. Needs: nothing."""
-    return images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() / 127.5 - 1.0
-
-
-# ----------------------------------------------------------------------------------------------------
-# The training step: one forward and one backward of each network a batch. Then the loop around it.
-
-
-def average_over_ranks(tensor):
-    """The mean over all processes, in place; as it is where there is one. Needs: nothing."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor
+# ---- The training step: one forward and one backward of each network a batch. Then the loop around it.
 
 
 def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual_weight=1.0, kl_weight=1e-6,
@@ -722,8 +686,7 @@ class Trainer:
         self.amp = functools.partial(torch.autocast, device.type, low, enabled=low is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.noise = torch.Generator(device)
-        wrap = functools.partial(DistributedDataParallel, broadcast_buffers=False)
-        self.parallel = [wrap(vae), wrap(self.disc)] if world > 1 else [vae, self.disc]
+        self.parallel = [DistributedDataParallel(net) if world > 1 else net for net in (vae, self.disc)]
         self.parts = dict(vae=vae, discriminator=self.disc, optimiser=self.optimiser,
                           optimiser_disc=self.optimiser_disc, scaler=self.scaler, warm_up=self.warm_up)
 
@@ -737,19 +700,17 @@ class Trainer:
         for k in range(cfg.accumulate):
             x = to_model(next(images), self.device)
             self.noise.manual_seed(seed_of(cfg.seed, step, k, self.rank))
-            with contextlib.ExitStack() as stack:
-                if self.world > 1 and k + 1 < cfg.accumulate:   # ranks average once an update
-                    for net in self.parallel:
-                        stack.enter_context(net.no_sync())
-                x_hat, terms = generator_step(
-                    self.parallel[0], self.disc, x, perceptual=self.perceptual, pixel_loss=cfg.pixel_loss,
-                    perceptual_weight=cfg.perceptual_weight, kl_weight=cfg.kl_weight, adaptive=cfg.adaptive,
-                    disc_weight=self.warm_up.weight(step) * cfg.disc_weight,
-                    generator=self.noise, amp=self.amp, loss_scale=loss_scale)
-                if train_disc:
-                    terms |= discriminator_step(
-                        self.parallel[1], x, x_hat, amp=self.amp, loss_scale=loss_scale,
-                        r1=16 * cfg.r1 if step % 16 == 0 else 0.0)      # lazy: Karras et al. 2020, §3.1
+            for net in self.parallel:                           # as no_sync: ranks average once an update
+                net.require_backward_grad_sync = k + 1 == cfg.accumulate
+            x_hat, terms = generator_step(
+                self.parallel[0], self.disc, x, perceptual=self.perceptual, pixel_loss=cfg.pixel_loss,
+                perceptual_weight=cfg.perceptual_weight, kl_weight=cfg.kl_weight, adaptive=cfg.adaptive,
+                disc_weight=self.warm_up.weight(step) * cfg.disc_weight,
+                generator=self.noise, amp=self.amp, loss_scale=loss_scale)
+            if train_disc:
+                r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0     # lazy: Karras et al. 2020, §3.1
+                terms |= discriminator_step(self.parallel[1], x, x_hat, r1=r1, amp=self.amp,
+                                            loss_scale=loss_scale)
             rows.append(terms)
         self.apply(self.optimiser, cfg.lr, step, ("enc", "dec"), terms)
         if train_disc:
@@ -782,7 +743,8 @@ class Trainer:
             if old != new and f.name not in ("out", "resume"):
                 changes += f"; {flag} {old} -> {new}"
         for name, part in self.parts.items():
-            part.load_state_dict(checkpoint["training"][name])
+            if checkpoint["training"][name]:                    # the scaler's is empty without fp16
+                part.load_state_dict(checkpoint["training"][name])
         if self.ema:
             self.average.load_state_dict(checkpoint["state_dict"])
             self.ema.n_averaged.fill_(checkpoint["step"])
@@ -807,12 +769,16 @@ def train(cfg):
         last = load(out / "last.pt")
         changes = trainer.restore(last, out / "last.pt")
         start, best, scaling_factor = last["step"], last["best"], last["scaling_factor"]
+        del last                                                # as large as all networks and optimisers
         say(f"{out}: continues after step {start} of {cfg.steps}{changes}")
         records = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
     if rank == 0:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
+        make_folder("--out", out / "samples")
+        for old in ("last.pt", "best.pt") if start == 0 else ():
+            (out / old).unlink(missing_ok=True)
+        records = [line for line in records if line.endswith("}") and json.loads(line)["step"] <= start]
+        (out / "log.jsonl").write_text("".join(line + "\n" for line in records))
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
-        (out / "log.jsonl").write_text("".join(r + "\n" for r in records if json.loads(r)["step"] <= start))
     first, stride = (start * cfg.accumulate * world + rank) * cfg.batch_size, world * cfg.batch_size
     batches = (range(i, i + cfg.batch_size) for i in itertools.count(first, stride))    # endless
     images = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=cfg.workers,
@@ -825,19 +791,22 @@ def train(cfg):
     for step in range(start, cfg.steps):
         terms = trainer.update(step, images)
         rows += [(step, t) for t in terms]
-        if cfg.disc_weight and trainer.warm_up.start is None:
-            if trainer.warm_up.observe(average_over_ranks(terms[-1]["rec_loss"].clone()), step):
-                event = dict(event=f"step {step + 1}: the warm-up is over: {trainer.warm_up.reason}")
-                say(event["event"])
         bar.update()
         done = step + 1
+        if cfg.disc_weight and trainer.warm_up.start is None:
+            trainer.warm_up.observe(average_over_ranks(terms[-1]["rec_loss"].clone()), step)
+        if cfg.disc_weight and trainer.warm_up.start == done:
+            event = dict(event=f"step {done}: the warm-up is over: {trainer.warm_up.reason}")
+            say(event["event"])
         to_log, to_sample, to_save = (done % every == 0 or done == cfg.steps
                                       for every in (cfg.log_every, cfg.sample_every, cfg.save_every))
         if not (to_log or to_sample or to_save):
             continue
-        record = dict(step=done, **event, **summarise(rows, trainer.scaler.is_enabled()),        # raises before a save
+        record = dict(step=done, **event, **summarise(rows, trainer.scaler.is_enabled()),   # or raises
                       lr=trainer.optimiser.param_groups[0]["lr"],
                       images_per_s=len(rows) * stride / (time.perf_counter() - clock))
+        if trainer.scaler.get_scale() < 1:                      # fp16's scale starts at 65536
+            raise FloatingPointError(f"step {done}: the gradients overflow fp16 at every scale")
         shorts = dict(l1="L1", lpips="LPIPS", kl_dim="KL", d_acc="D acc", grad_ratio="∇adv/∇rec")
         bar.set_postfix({shorts[key]: f"{record[key]:.3g}" for key in shorts if record.get(key)})
         if rank == 0 and to_sample:
@@ -863,8 +832,25 @@ def train(cfg):
     return trainer
 
 
-# ----------------------------------------------------------------------------------------------------
-# Plumbing of a run: processes, data sets, files, records.
+# ---- Plumbing: seeds, devices and processes, data sets, files, records.
+
+
+def seed_of(*numbers):
+    """A 63-bit seed of some integers, so well mixed that (seed, step) and (seed, step + 1) share nothing."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def to_model(images, device):
+    """(B, 3, H, W) uint8 -> float in [-1, 1] on the device, in channels-last layout. Needs: nothing."""
+    return images.to(device, non_blocking=True).to(memory_format=torch.channels_last).float() / 127.5 - 1.0
+
+
+def average_over_ranks(tensor):
+    """The mean over all processes, in place; as it is where there is one. Needs: nothing."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
 
 
 def launch(cfg):
@@ -896,6 +882,14 @@ def open_data(cfg):
             ImageFolder(cfg.val or cfg.data, cfg.image_size, False, cfg.seed, hold_out))
 
 
+def make_folder(flag, path):
+    """Make a folder, or say which flag cannot have it. Needs: UsageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot make {path}: {error.strerror}; choose another folder") from None
+
+
 def save(content, path):
     """torch.save beside `path` and renamed into place, so that it is whole at any moment. Needs: nothing."""
     torch.save(content, path.with_suffix(".tmp"))
@@ -906,12 +900,13 @@ def load(path):
     """A checkpoint as a dict of tensors and plain values: a file cannot run code. Needs: UsageError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"state_dict", "config", "step", "training"} - checkpoint.keys()
+        missing = {"state_dict", "config", "step", "best", "scaling_factor", "training"} - checkpoint.keys()
         if missing:
             raise ValueError(f"without {', '.join(sorted(missing))}")
     except Exception as error:
-        raise UsageError(f"{path}: no checkpoint of vaegan.py ({str(error).splitlines()[0]}); give a last.pt or "
-                         "best.pt, or move this file away") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path}: no checkpoint of vaegan.py ({reason}); give a last.pt or best.pt, or move "
+                         "this file away") from None
     return checkpoint
 
 
@@ -932,17 +927,16 @@ def save_pairs(vae, x, path):
 def summarise(rows, scaled=False):
     """Means of [(step, terms)] over steps and ranks, with one transfer from the device.
 
-    Raises FloatingPointError, naming step and terms, if one is not finite. scaled: gradients may be, unless
-    all steps' are: fp16's scaler skips those steps. Needs: average_over_ranks.
+    Raises FloatingPointError, naming step and terms, if one is not finite; scaled: if it is no gradient, for
+    fp16's scaler skips steps whose gradients are not. Needs: average_over_ranks.
     """
     values = torch.stack([value.float() for _, terms in rows for value in terms.values()])
-    values = average_over_ranks(values).tolist()
-    table = [(step, {name: values.pop(0) for name in terms}) for step, terms in rows]
-    bad = [[name for name, value in terms.items() if not math.isfinite(value)] for _, terms in table]
-    for (step, terms), names in zip(table, bad):
-        skipped = scaled and not all(bad) and all(n.startswith(("grad_", "lam", "w")) for n in names)
-        if names and not skipped:
-            raise FloatingPointError(f"step {step + 1}: {', '.join(names)} not finite; all terms: "
+    values = iter(average_over_ranks(values).tolist())
+    table = [(step, {name: next(values) for name in terms}) for step, terms in rows]
+    for step, terms in table:
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        if bad and not (scaled and all(name.startswith(("grad_", "lam", "w")) for name in bad)):
+            raise FloatingPointError(f"step {step + 1}: {', '.join(bad)} not finite; all terms: "
                                      + ", ".join(f"{name} {value:.4g}" for name, value in terms.items()))
     good = {}
     for name, value in (item for _, terms in table for item in terms.items() if math.isfinite(item[1])):
@@ -950,8 +944,7 @@ def summarise(rows, scaled=False):
     return {name: sum(values) / len(values) for name, values in good.items()}
 
 
-# ----------------------------------------------------------------------------------------------------
-# Measures, of images in [-1, 1]: one number an image, (B,).
+# ---- Measures, of images in [-1, 1]: one number an image, (B,).
 
 
 def psnr(x, x_hat):
@@ -990,14 +983,16 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
 
     images; psnr, dB; ssim; lpips, with `perceptual` only; kl_dim, nats a latent dimension; sharpness,
     high-frequency energy of x̂ over that of x, over all images: 1 is as sharp; scaling_factor, 1/std of the
-    posteriors' samples: 0.18215 for Stable Diffusion. save_to: folder to get input/ and reconstruction/.
-    Needs: to_model, psnr, ssim, high_frequency_energy, save_png.
+    posteriors' samples: 0.18215 for Stable Diffusion. save_to: folder for input/ and reconstruction/*.png.
+    Needs: to_model, psnr, ssim, high_frequency_energy, save_png, make_folder.
     """
+    for name in ("input", "reconstruction") if save_to else ():
+        make_folder("--save", Path(save_to, name))
     noise, sums, count = torch.Generator(device).manual_seed(0), {}, 0
     for images in torch.utils.data.DataLoader(dataset, batch_size):
         x = to_model(images, device)
         posterior = vae.encode(x)
-        x_hat, z = vae.decode(posterior.mode()).clamp(-1, 1), posterior.sample(noise).double()
+        x_hat, z = vae.decode(posterior.mode()).clamp(-1, 1), posterior.sample(noise)
         values = dict(psnr=psnr(x, x_hat), ssim=ssim(x, x_hat), kl_dim=posterior.kl() / z[0].numel(),
                       high=high_frequency_energy(x), high_hat=high_frequency_energy(x_hat),
                       z=z.mean(dim=(1, 2, 3)), z2=z.pow(2).mean(dim=(1, 2, 3)))
@@ -1006,7 +1001,6 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + sum(value.tolist())
         for name, batch in dict(input=x, reconstruction=x_hat).items() if save_to else ():
-            os.makedirs(os.path.join(save_to, name), exist_ok=True)
             for i, image in enumerate(batch, count):
                 save_png(image, Path(save_to, name, f"{i:06d}.png"))
         count += len(x)
@@ -1016,20 +1010,19 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
     return dict(images=count, **mean, sharpness=sharpness, scaling_factor=1 / std)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The command line.
+# ---- The command line.
 
 
 def eval_command(checkpoint, data, save_to, image_size, perceptual_net, device):
     """`python vaegan.py eval`: print one table. Needs: all of the file."""
     content = load(checkpoint)
     cfg = Config(**{f.name: content["config"][f.name] for f in fields(Config) if f.name in content["config"]})
-    cfg = replace(cfg, data=data, device=device, image_size=image_size or cfg.image_size)
+    cfg = replace(cfg, data=data, val="", device=device, image_size=image_size or cfg.image_size)
     device, vae, without = launch(cfg)[0], autoencoder(cfg), ""
     try:
         vae.load_state_dict(content["state_dict"])
     except RuntimeError as error:
-        raise UsageError(f"{checkpoint}: {' '.join(str(error).split())}; give another one") from None
+        raise UsageError(f"{checkpoint}: {' '.join(str(error).split())[:300]}; give another one") from None
     dataset = ImageFolder(data, cfg.image_size, train=False) if data else open_data(cfg)[1]
     try:
         perceptual = Perceptual(perceptual_net).to(device)
@@ -1038,8 +1031,8 @@ def eval_command(checkpoint, data, save_to, image_size, perceptual_net, device):
     measured = evaluate(vae.to(device), dataset, device, perceptual, save_to=save_to)
     units = dict(psnr="dB", kl_dim="nats a latent dimension", lpips=f"({perceptual_net})",
                  sharpness="high frequencies, x̂ over x", scaling_factor="1/std of z")
-    print(f"{checkpoint}, step {content['step']}: {measured.pop('images')} centre crops of {cfg.image_size} px, "
-          f"{data or 'dead leaves'}")
+    print(f"{checkpoint}, step {content['step']}: {measured.pop('images')} centre crops of {cfg.image_size} "
+          f"px, {data or 'dead leaves'}")
     for name, value in measured.items():
         print(f"  {name:15} {value:<10.4g} {units.get(name, '')}".rstrip())
     print(without, end="")
@@ -1060,16 +1053,12 @@ def parse(argv):
     names = dict.fromkeys(f.metadata["group"] for f in fields(Config))
     groups = {name: sub.add_argument_group(name) for name in names}
     for f in fields(Config):
-        meta, flag = f.metadata, dict(default=argparse.SUPPRESS, help=f.metadata["help"])
-        if isinstance(f.default, bool):
-            flag["action"] = argparse.BooleanOptionalAction
-        else:
-            metavar = "N" if meta["parse"] in (int, float) else f.name.upper()
-            flag |= dict(type=meta["parse"], choices=meta["choices"],
-                         nargs="+" if f.name == "ch_mult" else None, metavar=None if meta["choices"] else metavar)
-        if f.name == "preset":
-            flag["default"] = "auto"
-        groups[meta["group"]].add_argument("--" + f.name.replace("_", "-"), **flag)
+        meta = f.metadata
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(
+            type=meta["parse"], choices=meta["choices"], nargs="+" if f.name == "ch_mult" else None,
+            metavar="N" if meta["parse"] in (int, float) else None)
+        groups[meta["group"]].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                                           help=meta["help"], **kind)
     sub = commands.add_parser("eval", **look, help="measure a checkpoint on a folder of images", description=(
         "PSNR, SSIM, LPIPS, sharpness and KL of a checkpoint's reconstructions of centre crops."))
     sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run")
@@ -1090,12 +1079,12 @@ def main(argv=None):
         if flags.pop("command") == "eval":
             eval_command(**flags)
             return 0
-        preset = flags.pop("preset")
+        preset = flags.pop("preset", "auto")
         if preset == "auto":
             gpu = torch.cuda.is_available() and flags.get("device", "auto") in ("auto", "cuda")
-            preset, other, why = ("sd", "tiny", "a CUDA GPU") if gpu else ("tiny", "sd", "no CUDA GPU")
+            preset, other = ("sd", "tiny") if gpu else ("tiny", "sd")
             if int(os.environ.get("RANK", 0)) == 0:
-                print(f"preset {preset}, as there is {why}; --preset {other} chooses the other one")
+                print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes the other")
         train(Config.of(preset, **flags))
         return 0
     except UsageError as error:
