@@ -1,6 +1,7 @@
 """Tests of vaegan.py: each is named as the claim it checks, against an oracle that does not share its code.
 
-    pytest test_vaegan.py           CPU, no network, no data, under three minutes
+    pytest test_vaegan.py               CPU, no network, no data, under three minutes
+    python test_vaegan.py bench         wall time of the textbook step against ours
 """
 
 import ast
@@ -12,9 +13,10 @@ import json
 import math
 import os
 import re
-import struct
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lpips
@@ -42,12 +44,12 @@ def images(batch=2, size=32, dtype=torch.float32, seed=1):
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
 
 
-def random_perceptual(dtype=torch.float32):
+def random_perceptual(dtype=torch.float32, net="squeeze"):
     """LPIPS around an untrained trunk: good for shapes and gradients, not for training."""
     torch.manual_seed(3)
     real, lpips.LPIPS = lpips.LPIPS, functools.partial(lpips.LPIPS, pnet_rand=True)
     try:
-        return Perceptual("squeeze").to(dtype)
+        return Perceptual(net).to(dtype)
     finally:
         lpips.LPIPS = real
 
@@ -1213,3 +1215,48 @@ def test_every_flag_in_the_readme_exists():
     for flag in set(re.findall(r"`?vaegan.py [^\n`]*", readme)):
         for name in re.findall(r"--([a-z0-9-]+)", flag):
             assert f"\"--{name}\"" in source or name.replace("-", "_") in {*Config.__dataclass_fields__, "help"}, name
+
+
+# --- python test_vaegan.py bench: wall time of the textbook step over that of vaegan.py, same weights and images
+
+
+def bench(batch=2, size=128, ch=64, rounds=9):
+    """Interleaved forward and backward passes of one training step, with LPIPS-VGG's layers (untrained: the time is
+    the same). `twice`: as latent-diffusion, whose two optimisers each run autoencoder and LPIPS."""
+    perceptual, x = random_perceptual(net="vgg"), images(batch, size)
+    torch.manual_seed(0)
+    vae, disc = AutoencoderKL(ch=ch), PatchDiscriminator()
+    vae_last, disc_last = (copy.deepcopy(net).to(memory_format=torch.channels_last) for net in (vae, disc))
+    distance = lambda a, b: perceptual.lpips(a, b).flatten()
+
+    def textbook(twice):
+        x_hat, _ = textbook_step(vae, disc, x, distance, 1e-6, 0.5, seeded(1))
+        disc.zero_grad()
+        if twice:
+            x_hat, _ = vae(x, generator=seeded(2))
+            distance(x, x_hat)
+        hinge_d_loss(disc(x), disc(x_hat.detach())).backward()
+
+    def ours(vae, disc, x):
+        x_hat, _ = generator_step(vae, disc, x, perceptual=perceptual, generator=seeded(1))
+        discriminator_step(disc, x, x_hat)
+
+    ways = {"textbook, as latent-diffusion": lambda: textbook(True), "textbook, one forward": lambda: textbook(False),
+            "vaegan.py": lambda: ours(vae, disc, x),
+            "vaegan.py, channels last": lambda: ours(vae_last, disc_last, x.to(memory_format=torch.channels_last))}
+    times = {name: [] for name in ways}
+    for round_, (name, way) in itertools.product(range(rounds + 1), ways.items()):
+        for net in (vae, disc, vae_last, disc_last):
+            net.zero_grad()
+        start = time.perf_counter()
+        way()
+        times[name] += [time.perf_counter() - start] * (round_ > 0)             # the first round warms up
+    print(f"ch {ch}, {size} px, batch {batch}, {torch.get_num_threads()} threads, fp32, torch {torch.__version__}, "
+          f"{rounds} rounds\n\n| step | median, s | fastest to slowest, s | times vaegan.py |\n|---|---|---|---|")
+    for name, seconds in times.items():
+        ratio = statistics.median(seconds) / statistics.median(times["vaegan.py, channels last"])
+        print(f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    bench() if sys.argv[1:] == ["bench"] else sys.exit("python test_vaegan.py bench, or: pytest test_vaegan.py")
