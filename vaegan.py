@@ -16,7 +16,8 @@ This is latent-diffusion's objective divided by N: there the pixel term and LPIP
 values of an image, here they are means. So kl_weight, disc_weight and ε keep their published meaning,
 λ does not grow with the image, and a gradient norm of 1 means the same at every size.
 
-Sections: configuration, autoencoder, discriminator, losses, data, step and loop, measures and main.
+Sections: configuration, autoencoder, discriminator, losses, data, step and loop, plumbing, measures,
+command line.
 Every class and function runs when cut out with what its docstring names under "Needs:".
 """
 
@@ -114,7 +115,8 @@ class Config:
             value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
             numbers = value if f.name == "ch_mult" else [value] * isinstance(value, (int, float))
             if not all(least <= number <= most for number in numbers):
-                raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be from {least} to {most}")
+                raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}"
+                                 + (f" and at most {most}" if most < math.inf else ""))
         if self.val and not self.data:
             raise UsageError(f"--val {self.val}: there is no --data it could be held out from; give that too")
         factor = 2 ** (len(self.ch_mult) - 1)
@@ -633,7 +635,7 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
         terms.update(g_loss=g_loss, lam=lam, lam_clamped=(lam > 1e4).float(), w=w,
                      grad_ratio=w * J_adv.norm() / J_rec.norm())
 
-    # one call for both: after the first of two, the wrapper would average over ranks too early
+    # L_G = L_rec + kl_weight·KL/N + w·(-E[D(x̂)]), in one call: after one of two, ranks would average too early
     torch.autograd.backward([x_hat, kl_weight * kl / N], [g, loss_scale * torch.ones_like(kl)])
     return x_hat.detach(), {name: value.detach() for name, value in terms.items()}
 
@@ -1092,7 +1094,7 @@ def main(argv=None):
     except FloatingPointError as error:
         status, line = 3, f"{error}; try a smaller --lr, or --precision fp32"
     except KeyboardInterrupt:
-        status, line = 130, "interrupted; the same command continues from the last save"
+        status, line = 130, "interrupted; the same command continues from the last save, if there is one"
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
