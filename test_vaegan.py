@@ -1206,6 +1206,13 @@ def test_presets_come_first_and_flags_go_over_them():
     assert Config.of("tiny", image_size=128).image_size == 128 and Config.of("tiny", ch=8).ch == 8
 
 
+def test_runs_of_another_preset_or_data_get_a_folder_of_their_own():
+    folders = [Path(Config.of(preset, data=data).out).as_posix() for preset, data in (
+        ("tiny", ""), ("sd", ""), ("tiny", "some/photos"), ("tiny", "some/photos/"))]
+    assert folders == ["run/tiny-leaves", "run/sd-leaves", "run/tiny-photos", "run/tiny-photos"]
+    assert Config.of("tiny", out="mine").out == "mine"
+
+
 # --- the README
 
 

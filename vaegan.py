@@ -2,7 +2,7 @@
 
     python vaegan.py train --data DIR                         a folder of images; again: continues
     torchrun --nproc-per-node 8 vaegan.py train --data DIR    the same on 8 GPUs
-    python vaegan.py eval --checkpoint run/last.pt --data DIR
+    python vaegan.py eval --checkpoint run/sd-DIR/best.pt --data DIR
 
 For images x in [-1, 1] of N = 3·H·W values, with z ~ q(z|x) = N(mean, std²) and x̂ = decode(z):
 
@@ -103,13 +103,15 @@ class Config:
 
     preset: str = arg("run", "sd", "sd: kl-f8 at 256 px; tiny: a toy that learns in two minutes on a CPU; "
                       "auto: sd on a CUDA GPU, else tiny", choices=("auto", "sd", "tiny"))
-    out: str = arg("run", "run", "folder of the run: config.json, log.jsonl, samples/, last.pt, best.pt")
+    out: str = arg("run", "", "folder of the run; empty: run/PRESET-NAME, with the name of the --data folder")
     resume: bool = arg("run", True, "continue from last.pt in --out; with --no-resume, start anew over it")
     log_every: int = arg("run", 50, "steps between records of log.jsonl", tiny=10, least=1)
     sample_every: int = arg("run", 1000, "steps between validations, each with a picture", tiny=100, least=1)
     save_every: int = arg("run", 1000, "steps between saves of last.pt", tiny=100, least=1)
 
     def __post_init__(self):
+        name = Path(self.data).resolve().name if self.data else "leaves"    # no run continues another's data
+        object.__setattr__(self, "out", self.out or f"run/{self.preset}-{name}")
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))            # JSON knows lists only
         for f in fields(self):
             value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
@@ -479,9 +481,10 @@ class ImageFolder(torch.utils.data.Dataset):
     (seed, i) alone, so no worker count and no restart changes it. train=False: the centre of the i-th file by
     name. hold_out=n: every n-th file is for train=False, the others for train=True; 0: all are for both.
     Images smaller than the crop are enlarged; JPEGs of at least four times the crop are decoded at 1/2, 1/4
-    or 1/8, still twice as large as it. EXIF orientation is applied, transparency lies on white, 16 bits become 8. A
-    file that cannot be decoded is reported once, and the next one stands in. Raises UsageError if there is no
-    folder, no image file, or none that can be decoded. Needs: UsageError, seed_of, the packages pillow, tqdm.
+    or 1/8, still twice as large as it. EXIF orientation is applied, transparency lies on white, 16 bits become
+    8. A file that cannot be decoded is reported once, and the next one stands in. Raises UsageError if there is
+    no folder, no image file, or none that can be decoded.
+    Needs: UsageError, seed_of, the packages pillow and tqdm.
     """
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
         if not os.path.isdir(root):
@@ -635,7 +638,7 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
         terms.update(g_loss=g_loss, lam=lam, lam_clamped=(lam > 1e4).float(), w=w,
                      grad_ratio=w * J_adv.norm() / J_rec.norm())
 
-    # L_G = L_rec + kl_weight·KL/N + w·(-E[D(x̂)]), in one call: after one of two, ranks would average too early
+    # L_G = L_rec + kl_weight·KL/N + w·(-E[D(x̂)]): one call, as after one of two ranks average too early
     torch.autograd.backward([x_hat, kl_weight * kl / N], [g, loss_scale * torch.ones_like(kl)])
     return x_hat.detach(), {name: value.detach() for name, value in terms.items()}
 
@@ -1086,7 +1089,7 @@ def main(argv=None):
             gpu = torch.cuda.is_available() and flags.get("device", "auto") in ("auto", "cuda")
             preset, other = ("sd", "tiny") if gpu else ("tiny", "sd")
             if int(os.environ.get("RANK", 0)) == 0:
-                print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes the other")
+                print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes that one")
         train(Config.of(preset, **flags))
         return 0
     except UsageError as error:
