@@ -481,9 +481,9 @@ class ImageFolder(torch.utils.data.Dataset):
     (seed, i) alone, so no worker count and no restart changes it. train=False: the centre of the i-th file by
     name. hold_out=n: every n-th file is for train=False, the others for train=True; 0: all are for both.
     Images smaller than the crop are enlarged; JPEGs of at least four times the crop are decoded at 1/2, 1/4
-    or 1/8, still twice as large as it. EXIF orientation is applied, transparency lies on white, 16 bits become
-    8. A file that cannot be decoded is reported once, and the next one stands in. Raises UsageError if there is
-    no folder, no image file, or none that can be decoded.
+    or 1/8, still twice as large as it. EXIF orientation is applied, transparency lies on white, 16 bits are
+    made 8. A file that cannot be decoded is reported once, and the next one stands in. Raises UsageError if
+    there is no folder, no image file, or none that can be decoded.
     Needs: UsageError, seed_of, the packages pillow and tqdm.
     """
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
