@@ -5,6 +5,7 @@
 """
 
 import ast
+import concurrent.futures
 import copy
 import functools
 import inspect
@@ -1153,10 +1154,11 @@ def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(tmp_path):
         "squeezenet1_1-b8a52dc0.pth": ["--perceptual-weight", 1, "--perceptual-net", "squeeze"],
         "--device cuda": ["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "quantum"],
         "nowhere.pt": None, "foreign.pt": None, "other.pt": None, "hollow.pt": None}
-    running = {text: command(*(tiny_flags(out, *more) if more else ["eval", "--checkpoint", tmp_path / text]),
-                             TORCH_HOME=str(empty)) for text, more in cases.items()}
-    for text, process in running.items():
-        status, printed, err = finish(process)
+    run = lambda text: finish(command(*(tiny_flags(out, *cases[text]) if cases[text] else
+                                        ["eval", "--checkpoint", tmp_path / text]), TORCH_HOME=str(empty)))
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        results = dict(zip(cases, pool.map(run, cases)))
+    for text, (status, printed, err) in results.items():
         err = re.sub("Downloading: .*\n", "", err)                             # torch.hub's, of some versions
         assert status == 2 and text in err and err.count("\n") == 1 and "Traceback" not in err, (text, err)
     assert not out.exists()
