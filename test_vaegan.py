@@ -664,14 +664,16 @@ def test_accumulated_batches_give_the_gradient_of_their_union():
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
-def test_the_averaged_weights_follow_their_recursion():
+def test_the_averaged_weights_follow_their_recursion_and_are_what_is_saved(tmp_path):
     trainer, stream, expected = Trainer(tiny_config(ema=0.9), torch.device("cpu")), iter(batches()), None
     for step in range(4):
         trainer.update(step, stream)
         now = trainer.vae.last_layer.detach().clone()
         expected = now if expected is None else 0.9 * expected + 0.1 * now
     assert torch.allclose(trainer.average.last_layer, expected, atol=1e-7)
-    assert torch.equal(trainer.checkpoint(4)["state_dict"]["decoder.conv_out.weight"], trainer.average.last_layer)
+    trainer.save(tmp_path / "last.pt", 4, best=[0, 1.0], scaling_factor=None)
+    assert torch.equal(vaegan.load(tmp_path / "last.pt")["state_dict"]["decoder.conv_out.weight"], trainer.average.last_layer)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]            # nothing stays beside it
 
 
 def test_a_trainer_continues_from_its_checkpoint_exactly(tmp_path):
@@ -679,7 +681,7 @@ def test_a_trainer_continues_from_its_checkpoint_exactly(tmp_path):
     whole, half, stream = Trainer(tiny_config(**flags), cpu), Trainer(tiny_config(**flags), cpu), batches()
     for step in range(3):
         half.update(step, iter(stream[step:]))
-    vaegan.save(half.checkpoint(3, best=[0, 1.0], scaling_factor=None), tmp_path / "last.pt")
+    half.save(tmp_path / "last.pt", 3, best=[0, 1.0], scaling_factor=None)
     rest = Trainer(tiny_config(**flags, seed=0, steps=30, precision="fp32"), cpu)
     changes = rest.restore(vaegan.load(tmp_path / "last.pt"), "last.pt")
     assert "--steps 20 -> 30" in changes and "--lr " not in changes
@@ -692,9 +694,10 @@ def test_a_trainer_continues_from_its_checkpoint_exactly(tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
-def test_a_run_in_fp32_continues_in_fp16():
+def test_a_run_in_fp32_continues_in_fp16(tmp_path):
     trainer, other = (Trainer(tiny_config(precision=p), torch.device("cpu")) for p in ("fp32", "fp16"))
-    assert "--precision fp32 -> fp16" in other.restore(trainer.checkpoint(0), "last.pt")
+    trainer.save(tmp_path / "last.pt", 0, best=[0, 1.0], scaling_factor=None)
+    assert "--precision fp32 -> fp16" in other.restore(vaegan.load(tmp_path / "last.pt"), "last.pt")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -1009,7 +1012,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "save_png": "save_png(torch.zeros(3, 4, 4), Path(folder) / 'out.png')",
     "evaluate": "evaluate(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))",
     "summarise": "summarise([(0, dict(a=torch.ones(())))])",
-    "save": "save(dict(a=1), Path(folder) / 'a.pt')",
+    "write_whole": "write_whole(Path(folder) / 'a.pt', functools.partial(torch.save, dict(a=1)))",
     "load": "torch.save(dict.fromkeys('state_dict config step best scaling_factor training'.split()), folder + '/b.pt')\n"
             "load(folder + '/b.pt')",
     "autoencoder": "autoencoder(vaegan.Config.of('tiny', ch=8))", "launch": "launch(vaegan.Config(device='cpu'))",

@@ -667,7 +667,7 @@ class Trainer:
     Each rank has one; they start equal (same seed) and stay equal (same gradients). Needs: all above.
     """
     def __init__(self, cfg, device, rank=0, world=1):
-        self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
+        self.cfg, self.device, self.rank = cfg, device, rank
         self.perceptual = Perceptual(cfg.perceptual_net).to(device) if cfg.perceptual_weight else None
         torch.manual_seed(cfg.seed)
         self.vae = vae = autoencoder(cfg).to(device, memory_format=torch.channels_last)
@@ -733,10 +733,12 @@ class Trainer:
             terms["grad_norm_" + name] = clip_grad_norm_(self.weights[name], self.cfg.clip or math.inf)
         self.scaler.step(optimiser)
 
-    def checkpoint(self, step, **more):
-        """The content of last.pt and best.pt; `state_dict` is what opens in diffusers."""
-        return dict(state_dict=self.average.state_dict(), config=asdict(self.cfg), step=step, **more,
-                    training={name: part.state_dict() for name, part in self.parts.items()})
+    def save(self, path, step, best, scaling_factor):
+        """Write last.pt or best.pt; `state_dict` is what opens in diffusers."""
+        write_whole(path, functools.partial(torch.save, dict(
+            state_dict=self.average.state_dict(), config=asdict(self.cfg), step=step, best=best,
+            scaling_factor=scaling_factor,
+            training={name: part.state_dict() for name, part in self.parts.items()})))
 
     def restore(self, checkpoint, path):
         """Continue from a checkpoint -> the flags that changed, as text. UsageError if the model did."""
@@ -782,8 +784,9 @@ def train(cfg):
         for old in ("last.pt", "best.pt") if start == 0 else ():
             (out / old).unlink(missing_ok=True)
         records = [line for line in records if line.endswith("}") and json.loads(line)["step"] <= start]
-        (out / "log.jsonl").write_text("".join(line + "\n" for line in records))
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+        for name, text in (("log.jsonl", "".join(line + "\n" for line in records)),
+                           ("config.json", json.dumps(asdict(cfg), indent=1) + "\n")):
+            write_whole(out / name, lambda path: path.write_text(text))
     first, stride = (start * cfg.accumulate * world + rank) * cfg.batch_size, world * cfg.batch_size
     batches = (range(i, i + cfg.batch_size) for i in itertools.count(first, stride))    # endless
     images = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=cfg.workers,
@@ -798,11 +801,12 @@ def train(cfg):
         rows += [(step, t) for t in terms]
         bar.update()
         done = step + 1
-        if cfg.disc_weight and trainer.warm_up.start is None:
-            trainer.warm_up.observe(average_over_ranks(terms[-1]["rec_loss"].clone()), step)
-        if cfg.disc_weight and trainer.warm_up.start == done:
-            event = dict(event=f"step {done}: the warm-up is over: {trainer.warm_up.reason}")
-            say(event["event"])
+        if cfg.disc_weight:
+            if trainer.warm_up.start is None:
+                trainer.warm_up.observe(average_over_ranks(terms[-1]["rec_loss"].clone()), step)
+            if trainer.warm_up.start == done:
+                event = dict(event=f"step {done}: the warm-up is over: {trainer.warm_up.reason}")
+                say(event["event"])
         to_log, to_sample, to_save = (done % every == 0 or done == cfg.steps
                                       for every in (cfg.log_every, cfg.sample_every, cfg.save_every))
         if not (to_log or to_sample or to_save):
@@ -824,9 +828,9 @@ def train(cfg):
             score = [int(with_gan), -measured.get("lpips", -measured["psnr"])]
             if score > best:                                    # no blurred image of the warm-up stays best
                 best = score
-                save(trainer.checkpoint(done, scaling_factor=scaling_factor, best=best), out / "best.pt")
+                trainer.save(out / "best.pt", done, scaling_factor=scaling_factor, best=best)
         if rank == 0 and to_save:
-            save(trainer.checkpoint(done, scaling_factor=scaling_factor, best=best), out / "last.pt")
+            trainer.save(out / "last.pt", done, scaling_factor=scaling_factor, best=best)
         if rank == 0:
             with open(out / "log.jsonl", "a") as log:
                 record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
@@ -895,10 +899,11 @@ def make_folder(flag, path):
         raise UsageError(f"{flag}: cannot make {path}: {error.strerror}; choose another folder") from None
 
 
-def save(content, path):
-    """torch.save beside `path` and renamed into place, so that it is whole at any moment. Needs: nothing."""
-    torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def write_whole(path, write):
+    """write(a path beside `path`), then rename, so that `path` is whole at any moment. Needs: nothing."""
+    beside = path.with_suffix(".tmp")
+    write(beside)
+    os.replace(beside, path)
 
 
 def load(path):
@@ -916,10 +921,9 @@ def load(path):
 
 
 def save_png(image, path):
-    """Write (3, H, W) in [-1, 1] as PNG, beside and renamed into place. Needs: the package pillow."""
+    """Write (3, H, W) in [-1, 1] as PNG. Needs: write_whole, the package pillow."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path.with_suffix(".tmp"), "PNG")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_whole(path, functools.partial(Image.fromarray(pixels.permute(1, 2, 0).numpy()).save, format="PNG"))
 
 
 @torch.no_grad()
@@ -937,16 +941,17 @@ def summarise(rows, scaled=False):
     """
     values = torch.stack([value.float() for _, terms in rows for value in terms.values()])
     values = iter(average_over_ranks(values).tolist())
-    table = [(step, {name: next(values) for name in terms}) for step, terms in rows]
-    for step, terms in table:
+    finite = {}
+    for step, terms in rows:
+        terms = {name: next(values) for name in terms}
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
         if bad and not (scaled and all(name.startswith(("grad_", "lam", "w")) for name in bad)):
             raise FloatingPointError(f"step {step + 1}: {', '.join(bad)} not finite; all terms: "
                                      + ", ".join(f"{name} {value:.4g}" for name, value in terms.items()))
-    good = {}
-    for name, value in (item for _, terms in table for item in terms.items() if math.isfinite(item[1])):
-        good.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in good.items()}
+        for name, value in terms.items():
+            if name not in bad:
+                finite.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in finite.items()}
 
 
 # ---- Measures, of images in [-1, 1]: one number an image, (B,).
@@ -1079,6 +1084,7 @@ def parse(argv):
 
 def main(argv=None):
     """Run a command line -> exit status: 0 done, 2 bad input, 3 not finite, 130 interrupted."""
+    is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         flags = parse(argv)
         if flags.pop("command") == "eval":
@@ -1088,7 +1094,7 @@ def main(argv=None):
         if preset == "auto":
             gpu = torch.cuda.is_available() and flags.get("device", "auto") in ("auto", "cuda")
             preset, other = ("sd", "tiny") if gpu else ("tiny", "sd")
-            if int(os.environ.get("RANK", 0)) == 0:
+            if is_main:
                 print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes that one")
         train(Config.of(preset, **flags))
         return 0
@@ -1101,7 +1107,7 @@ def main(argv=None):
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_main:
         print(f"vaegan.py: {line}", file=sys.stderr)
     return status
 
