@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vaegan
-from vaegan import (AttnBlock, AutoencoderKL, Config, DeadLeaves, Decoder, DiagonalGaussian, Encoder, ImageFolder,
+from vaegan import (AttnBlock, AutoencoderKL, CollapseError, CollapseMonitor, Config, DeadLeaves, Decoder, DiagonalGaussian, Encoder, ImageFolder,
                     PatchDiscriminator, Perceptual, Trainer, UsageError, WarmUp, adaptive_weight,
                     discriminator_step, generator_step, hinge_d_loss, hinge_g_loss, r1_penalty)
 
@@ -433,6 +434,197 @@ def test_warm_up_continues_from_its_state():
     assert asked.start == 7                                                     # --disc-start 7 on the way
 
 
+# --- collapse
+
+
+def healthy_terms(step, random):
+    """What a healthy run feeds the monitor: levels and noise as measured in real ones, at batch 4."""
+    noisy = lambda level, spread: level * math.exp(random.gauss(0, spread))
+    terms = dict(l2=noisy(0.05, 0.35), rec_loss=noisy(0.16, 0.18), kl_dim=noisy(3, 0.1), grad_ratio=0.5,
+                 grad_norm_dec=noisy(1, 0.35), grad_norm_disc=noisy(5, 0.5), d_acc=noisy(0.65, 0.1),
+                 logits_real=random.gauss(0.5, 0.3), logits_fake=random.gauss(-0.5, 0.3))
+    if step % 10 == 0:
+        terms |= dict(corr=noisy(0.8, 0.08), other_z=noisy(2.5, 0.25), spread=noisy(0.3, 0.25), spread_hat=noisy(0.27, 0.25),
+                      saturation=random.gauss(0.01, 0.01), high_freq=noisy(0.15, 0.4), checkerboard=noisy(0.15, 0.4))
+    if step % 50 == 0:
+        terms["lipschitz"] = noisy(0.25, 0.2)
+    return terms
+
+
+def watch(*phases, monitor=None, seed=0):
+    """Feed phases (steps, {term: what it is instead, or a function of (step of the phase, healthy value)}) ->
+    the monitor, its first error."""
+    monitor, error = monitor or CollapseMonitor(), None
+    for steps, changes in phases:
+        for k in range(steps):
+            step = (monitor.step or 0) + 1
+            terms = healthy_terms(step, random.Random(f"{seed} {step}"))
+            terms |= {name: change(k, terms[name]) if callable(change) else change
+                      for name, change in changes.items() if name in terms}
+            error = error or monitor.observe(step, terms)
+    return monitor, error
+
+
+times = lambda factor: lambda k, value: factor * value
+WRONG = {           # sign: the terms that show it, and no other
+    "domination": dict(grad_ratio=6.0), "spike": dict(grad_norm_dec=times(12)), "kl_fall": dict(kl_dim=0.01),
+    "same_data": dict(spread=0.001, spread_hat=0.001), "rebound": dict(l2=times(2.3), rec_loss=times(1.5)),
+    "z_ignored": dict(other_z=1.0), "noise": dict(corr=0.05), "uniform": dict(spread_hat=0.03),
+    "saturation": dict(saturation=0.3), "ringing": dict(high_freq=4.0), "checkerboard": dict(checkerboard=8.0),
+    "expansion": dict(lipschitz=4.0), "d_won": dict(d_acc=1.0, logits_real=6.0, logits_fake=-6.0),
+    "d_died": dict(d_acc=0.5, grad_norm_disc=1e-4)}
+
+
+@pytest.mark.parametrize("sign", WRONG)
+def test_each_sign_comes_up_on_its_own_stream_and_only_damage_stops_the_run(sign):
+    monitor, error = watch((300, {}), (150 if sign == "expansion" else 50, WRONG[sign]))
+    assert set(monitor.since) == {sign} and monitor.since[sign] > 300
+    assert (error is not None) == (sign in CollapseMonitor.DAMAGE)
+    if error:
+        assert error.sign == sign and error.step <= 350 and error.value > error.threshold == monitor.limits[sign]
+
+
+def test_every_sign_has_a_limit_a_meaning_and_a_remedy_of_flags_that_exist():
+    monitor = watch((1, {}))[0]
+    assert set(WRONG) == set(monitor.limits) == set(monitor.MEANING) == set(monitor.measure())
+    assert {*monitor.CAUSE, *monitor.DAMAGE, *monitor.PICTURE} <= set(WRONG)
+    for meaning, remedy in monitor.MEANING.values():
+        assert "{:.3g}" in meaning
+        assert {flag.replace("-", "_") for flag in re.findall(r"--([a-z0-9-]+)", remedy)} <= set(Config.__dataclass_fields__)
+
+
+now_and_then = lambda factor: lambda k, value: value * (factor if k % 97 == 50 else 1)
+QUIET = {           # what a healthy run may do
+    "noise": [(1500, {})],
+    "the dip when the GAN comes on": [(300, {}), (40, dict(l2=times(1.35), rec_loss=times(1.17))), (300, {})],
+    "the start, with the learning rate's warm-up": [
+        (60, dict(grad_norm_dec=lambda k, v: v * (0.1 + k / 60), l2=lambda k, v: v * (8 - k / 10), rec_loss=times(3),
+                  corr=0.0, other_z=1.0, spread_hat=0.02, high_freq=9.0, checkerboard=9.0, kl_dim=0.06)), (400, {})],
+    "a slowly falling loss": [(1000, dict(l2=lambda k, v: v * math.exp(-k / 400), rec_loss=lambda k, v: v * math.exp(-k / 800)))],
+    "a bad batch now and then": [(600, {name: now_and_then(factor) for name, factor in dict(
+        l2=9, rec_loss=3, grad_norm_dec=20, kl_dim=30, corr=0.1, other_z=0.4, high_freq=20).items()})],
+    "texture that costs PSNR, not the loss": [(300, {}), (400, dict(l2=times(1.9)))]}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", QUIET)
+def test_the_monitor_is_silent_on(name, seed):
+    monitor, error = watch(*QUIET[name], seed=seed)
+    assert error is None and not monitor.since
+
+
+def test_damage_must_last_unless_a_cause_came_before_it():
+    healthy, worse, cause = (300, {}), WRONG["rebound"], WRONG["domination"]
+    alone, both = watch(healthy, (60, worse))[1], watch(healthy, (60, worse | cause))[1]
+    assert alone.step == both.step + CollapseMonitor().patience and "GAN's gradient" not in alone.cause
+    assert both.cause.startswith("the GAN's gradient is 6 times the reconstruction's") and "--adaptive" in both.remedy
+    assert watch(healthy, (22, worse), (300, {}))[1] is None                    # gone before it counts
+    assert "GAN's gradient" in watch(healthy, (12, cause), (20, {}), (60, worse))[1].cause     # it is remembered,
+    assert "GAN's gradient" not in watch(healthy, (12, cause), (80, {}), (60, worse))[1].cause  # for a while
+
+
+def test_a_decoder_that_never_used_z_is_noticed_when_there_is_time_to_have_learnt_it():
+    blind = dict(other_z=1.0, corr=0.1, spread_hat=0.02)
+    assert watch((CollapseMonitor().grace - 10, blind))[1] is None              # an untrained one is like that
+    assert watch((CollapseMonitor().grace + 30, blind))[1].sign in ("z_ignored", "noise")
+    assert watch((60, blind | dict(kl_dim=1e-4)))[1].remedy == CollapseMonitor.MEANING["kl_fall"][1]    # cannot learn it
+
+
+def test_a_term_that_is_not_finite_is_named():
+    with pytest.raises(AssertionError, match=r"step 7: non_finite: lpips, kl not finite") as caught:
+        CollapseMonitor().assert_healthy(7, dict(l1=0.5, lpips=math.nan, kl=torch.tensor(math.inf)))
+    assert "l1 0.5, lpips nan, kl inf" in str(caught.value) and "--lr" in str(caught.value)
+
+
+def test_the_errors_text_names_step_sign_value_limit_cause_and_remedy():
+    error = watch((300, {}), (60, WRONG["rebound"] | WRONG["domination"]))[1]
+    assert isinstance(error, CollapseError) and isinstance(error, AssertionError)
+    assert str(error).startswith(f"collapse at step {error.step}: rebound: the reconstruction is {error.value:.3g} dB worse")
+    for part in ("(limit 2)", "likely cause: the GAN's gradient is 6 times", "(limit 3)", "remedy: --adaptive", "since step 3"):
+        assert part in str(error), part
+    assert set(error.history) == set(WRONG) and error.history["domination"][-1] == [error.step, 6.0]
+    assert min(step for step, _ in error.history["noise"]) == error.step - 199
+
+
+def test_the_monitor_continues_from_its_state_as_if_it_had_not_stopped(tmp_path):
+    rest = (20, {}), (40, WRONG["rebound"] | WRONG["spike"])
+    whole, error = watch((280, {}), *rest)
+    torch.save(watch((280, {}))[0].state_dict(), tmp_path / "state.pt")
+    other = CollapseMonitor()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert error and str(watch(*rest, monitor=other)[1]) == str(error) and other.state_dict() == whole.state_dict()
+
+
+def test_rebound_is_in_db_of_both_losses_against_the_best_fifty_steps():
+    noise, l2 = random.Random(1), []
+    monitor = CollapseMonitor()
+    for step in range(400):
+        l2.append(0.05 * math.exp(noise.gauss(0, 0.3)) * (1.5 if step > 300 else 1))
+        monitor.observe(step, dict(l2=l2[-1], rec_loss=l2[-1] ** 0.5))          # so both rises are equal
+    db = [10 * math.log10(value) for value in l2]
+    best = min(statistics.fmean(db[i:i + 50]) for i in range(len(db) - 49))
+    expected = statistics.fmean(db[-20:]) - best - 2 * statistics.stdev(db[-50:]) / 20 ** 0.5
+    assert math.isclose(monitor.history["rebound"][-1][1], expected, rel_tol=1e-9)
+
+
+def test_spike_is_in_robust_deviations_of_the_logarithm_and_its_baseline_freezes():
+    noise, monitor = random.Random(2), CollapseMonitor()
+    norms = [math.exp(noise.gauss(0, 0.7)) for _ in range(150)]
+    for step, norm in enumerate(norms):
+        monitor.observe(step, dict(grad_norm_dec=norm))
+    medians = [math.log(sorted(norms[i - 9:i + 1])[5]) for i in range(9, 150)]
+    middle = sorted(medians[:-1])[70]
+    mad = sorted(abs(value - middle) for value in medians[:-1])[70]
+    assert math.isclose(monitor.history["spike"][-1][1], (medians[-1] - middle) / (1.4826 * mad), rel_tol=1e-9)
+    for step in range(150, 350):
+        monitor.observe(step, dict(grad_norm_dec=1e4))
+    assert "spike" in monitor.since and sum(value > 5 for value in monitor.baseline["spike"]) <= 1
+
+
+def test_a_look_measures_what_the_docstring_says():
+    x, noise = images(3, 32), images(3, 32, seed=9)
+    x_hat = 0.5 * x + 0.3 * noise.clamp(min=-2) + torch.tensor([0.7, 0.0, -0.2]).view(3, 1, 1)
+    terms = CollapseMonitor.look(x, x_hat, noise[:1], lambda z: torch.cat([3 * z, 4 * z], 1))
+    centred = [t - t.mean(dim=(0, 2, 3), keepdim=True) for t in (x, x_hat)]
+    assert math.isclose(terms["corr"], torch.corrcoef(torch.stack([t.flatten() for t in centred]))[0, 1], rel_tol=1e-5)
+    small, small_hat = (F.avg_pool2d(t, 2) for t in (x, x_hat))
+    own = sum((small[i] - small_hat[i]).abs().mean() for i in range(3))
+    assert math.isclose(terms["other_z"], sum((small[i] - small_hat[i - 1]).abs().mean() for i in range(3)) / own, rel_tol=1e-5)
+    assert math.isclose(terms["spread"], torch.var(small, dim=0).sqrt().mean(), rel_tol=1e-5)
+    assert math.isclose(terms["saturation"], sum(v.abs() > 1 for v in x_hat.flatten()) / x.numel(), rel_tol=1e-5)
+    assert math.isclose(terms["lipschitz"], 5.0, rel_tol=1e-4)                  # a linear decoder: ‖(3, 4)‖
+    energy = lambda t: vaegan.high_frequency_energy(t).mean()
+    assert math.isclose(terms["high_freq"], energy(x_hat) / energy(x), rel_tol=1e-5)
+
+
+def test_a_look_at_a_decoder_that_ignores_z_at_a_checkerboard_and_at_a_single_image():
+    x, row = images(4, 32), torch.arange(32)
+    blind = CollapseMonitor.look(x, images(1, 32, seed=5).expand_as(x))
+    assert math.isclose(blind["other_z"], 1.0, rel_tol=1e-6) and blind["spread_hat"] < 1e-6
+    board = 0.2 * (1 - 2 * ((row[:, None] + row) % 2)).float()
+    smooth = torch.sin(row / 5).expand(4, 3, 32, 32)
+    assert CollapseMonitor.look(x, x + board)["checkerboard"] > 1 and CollapseMonitor.look(x, smooth)["checkerboard"] < 1e-3
+    single = CollapseMonitor.look(x[:1], x[:1])
+    assert "other_z" not in single and single["corr"] > 0.999
+    flat = CollapseMonitor.look(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32), torch.zeros(1, 4, 4, 4), lambda z: 0 * z)
+    assert all(math.isfinite(value) for value in flat.values())
+
+
+def test_after_a_restart_the_gan_waits_for_a_plateau_and_comes_back_at_half_weight_over_twice_the_ramp():
+    warm_up = WarmUp(start=5, lead=2, ramp=4, window=10)
+    assert [warm_up.weight(step) for step in (6, 9, 11, 99)] == [0, 0.5, 1, 1]
+    warm_up.restart(20, 2)
+    assert not warm_up.trains_disc(25) and warm_up.weight(25) == 0
+    other = WarmUp(start=5, lead=2, ramp=4, window=10)
+    other.load_state_dict(copy.deepcopy(warm_up.state_dict()))                  # asked for step 5, but it collapsed there
+    start = next(step for step in range(20, 99) if other.observe(1.0, step)) + 1
+    assert start == 20 + 20 + 2 * 5                                             # two windows, then two half ones
+    assert [other.weight(start + 2 + k) for k in (0, 8, 16, 99)] == [0, 0.125, 0.25, 0.25]
+    falling = WarmUp(start=5, window=10)
+    falling.restart(20, 1)
+    assert next(step for step in range(20, 99) if falling.observe(0.9 ** step, step)) + 1 == 60         # the latest
+
+
 # --- the step
 
 
@@ -671,7 +863,7 @@ def test_the_averaged_weights_follow_their_recursion_and_are_what_is_saved(tmp_p
         now = trainer.vae.last_layer.detach().clone()
         expected = now if expected is None else 0.9 * expected + 0.1 * now
     assert torch.allclose(trainer.average.last_layer, expected, atol=1e-7)
-    trainer.save(tmp_path / "last.pt", 4, best=[0, 1.0], scaling_factor=None)
+    trainer.save(tmp_path / "last.pt")
     assert torch.equal(vaegan.load(tmp_path / "last.pt")["state_dict"]["decoder.conv_out.weight"], trainer.average.last_layer)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]            # nothing stays beside it
 
@@ -681,10 +873,10 @@ def test_a_trainer_continues_from_its_checkpoint_exactly(tmp_path):
     whole, half, stream = Trainer(tiny_config(**flags), cpu), Trainer(tiny_config(**flags), cpu), batches()
     for step in range(3):
         half.update(step, iter(stream[step:]))
-    half.save(tmp_path / "last.pt", 3, best=[0, 1.0], scaling_factor=None)
+    half.save(tmp_path / "last.pt")
     rest = Trainer(tiny_config(**flags, seed=0, steps=30, precision="fp32"), cpu)
-    changes = rest.restore(vaegan.load(tmp_path / "last.pt"), "last.pt")
-    assert "--steps 20 -> 30" in changes and "--lr " not in changes
+    changes = rest.restore(tmp_path / "last.pt")
+    assert rest.step == 3 and "--steps 20 -> 30" in changes and "--lr " not in changes
     for step in range(5):
         whole.update(step, iter(stream[step:]))
     for step in range(3, 5):
@@ -696,15 +888,15 @@ def test_a_trainer_continues_from_its_checkpoint_exactly(tmp_path):
 
 def test_a_run_in_fp32_continues_in_fp16(tmp_path):
     trainer, other = (Trainer(tiny_config(precision=p), torch.device("cpu")) for p in ("fp32", "fp16"))
-    trainer.save(tmp_path / "last.pt", 0, best=[0, 1.0], scaling_factor=None)
-    assert "--precision fp32 -> fp16" in other.restore(vaegan.load(tmp_path / "last.pt"), "last.pt")
+    trainer.save(tmp_path / "last.pt")
+    assert "--precision fp32 -> fp16" in other.restore(tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_training_runs_in_low_precision(precision):
     trainer, stream = Trainer(tiny_config(precision=precision), torch.device("cpu")), iter(batches())
     rows = [(step, terms) for step in range(6) for terms in trainer.update(step, stream)]
-    assert math.isfinite(vaegan.summarise(rows, trainer.scaler.is_enabled())["grad_norm_dec"])
+    assert math.isfinite(vaegan.average(vaegan.read(rows, trainer.scaler.is_enabled()).values())["grad_norm_dec"])
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in trainer.vae.parameters())
 
 
@@ -717,17 +909,17 @@ def test_a_step_that_fp16s_scaler_skips_is_no_failure_and_changes_no_weight():
     assert not math.isfinite(skipped[0]["grad_norm_dec"])
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 1024.0})
     good = trainer.update(1, stream)
-    assert math.isfinite(vaegan.summarise([(0, skipped[0]), (1, good[0])], scaled=True)["grad_norm_dec"])
-    assert "grad_norm_dec" not in vaegan.summarise([(0, skipped[0])], scaled=True)
-    with pytest.raises(FloatingPointError, match="step 1: .*grad_norm_dec"):
-        vaegan.summarise([(0, skipped[0])])
+    steps = vaegan.read([(1, skipped[0]), (2, good[0])], scaled=True)
+    assert "grad_norm_dec" not in steps[1] and math.isfinite(steps[2]["grad_norm_dec"]) and "l1" in steps[1]
+    assert CollapseMonitor().observe(1, steps[1]) is None
+    assert "grad_norm_dec" in CollapseMonitor().observe(1, vaegan.read([(1, skipped[0])])[1]).meaning
 
 
-def test_a_term_that_is_not_finite_stops_with_its_name_and_step():
+def test_terms_are_read_as_means_over_a_steps_batches_and_a_loss_that_is_not_finite_stays():
     row = lambda **terms: {name: torch.tensor(value) for name, value in terms.items()}
-    with pytest.raises(FloatingPointError, match="step 8: lpips, kl not finite; all terms: l1 0.5, lpips nan, kl inf"):
-        vaegan.summarise([(6, row(l1=1.0)), (7, row(l1=0.5, lpips=math.nan, kl=math.inf))], scaled=True)
-    assert vaegan.summarise([(0, row(a=1.0)), (1, row(a=3.0, b=5.0))]) == dict(a=2.0, b=5.0)
+    steps = vaegan.read([(1, row(a=1.0)), (1, row(a=2.0, b=5.0)), (2, row(a=3.0, kl=math.inf))], scaled=True)
+    assert steps == {1: dict(a=1.5, b=5.0), 2: dict(a=3.0, kl=math.inf)}
+    assert vaegan.average([dict(a=1.0), dict(a=3.0, b=5.0)]) == dict(a=2.0, b=5.0)
 
 
 def two_ranks(rank, folder, stream):
@@ -741,7 +933,7 @@ def two_ranks(rank, folder, stream):
     gradients = [[p.grad.clone() for p in net.parameters()] for net in (trainer.vae, trainer.disc)]
     for step in range(1, 3):
         trainer.update(step, iter([images_[rank * 2:rank * 2 + 2] for images_ in stream[2 * step:]]))
-    summary = vaegan.summarise([(0, terms)])
+    summary = vaegan.read([(0, terms)])[0]
     torch.save((terms, gradients, trainer.vae.state_dict(), trainer.disc.state_dict(), summary), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -1011,7 +1203,19 @@ ALONE = {           # what to run with each class and function that is cut out
     "high_frequency_energy": "high_frequency_energy(torch.zeros(1, 3, 12, 12))",
     "save_png": "save_png(torch.zeros(3, 4, 4), Path(folder) / 'out.png')",
     "evaluate": "evaluate(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))",
-    "summarise": "summarise([(0, dict(a=torch.ones(())))])",
+    "read": "read([(0, dict(a=torch.ones(())))])", "average": "average([dict(a=1.0)])",
+    "CollapseError": "assert 'z' in str(CollapseError(1, 'x', 2.0, 1.0, 'y', 'z', '--lr', {}))",
+    "CollapseMonitor": "monitor = CollapseMonitor()\nfor step in range(60):\n"
+                       "    terms = monitor.look(*torch.rand(2, 2, 3, 32, 32), torch.ones(1, 4, 8, 8), lambda z: 2 * z)\n"
+                       "    monitor.assert_healthy(step, terms | dict(l2=0.1, grad_norm_dec=1.0))",
+    "second_name": "(Path(folder) / 'a').write_text('a'); second_name(Path(folder) / 'a', Path(folder) / 'b')",
+    "keep_records": "(Path(folder) / 'log.jsonl').write_text('{\"step\": 1}\\n'); keep_records(Path(folder), 1)",
+    "open_folder": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')); open_folder(Path(folder) / 'run', t)",
+    "batches": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu'))\n"
+               "assert next(batches(t, vaegan.DeadLeaves(32))).shape == (4, 3, 32, 32)",
+    "save_collapse": "rows = {'image': torch.zeros(2, 3, 8, 8)}\n"
+                     "save_collapse(vaegan.CollapseError(1, 'x', 2.0, 1.0, 'y', 'z', '--lr', {}), vaegan.CollapseMonitor(),"
+                     " rows, Path(folder))",
     "write_whole": "write_whole(Path(folder) / 'a.pt', functools.partial(torch.save, dict(a=1)))",
     "load": "torch.save(dict.fromkeys('state_dict config step best scaling_factor training'.split()), folder + '/b.pt')\n"
             "load(folder + '/b.pt')",
@@ -1019,7 +1223,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "open_data": "open_data(vaegan.Config.of('tiny', data=folder))",
     "save_pairs": "save_pairs(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 8, 8), Path(folder) / 'out.png')",
 }
-WHOLE = {"Trainer", "train", "eval_command", "parse", "main"}               # need everything, and say so
+WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "eval_command", "parse", "main"}               # need everything, and say so
 
 
 def test_every_definition_runs_when_cut_out_with_what_its_docstring_names(tmp_path):
@@ -1085,7 +1289,7 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
     flags = tiny_flags(out, "--data", photos, "--workers", 1)
     status, printed, err = finish(command(*flags, "--steps", 6))
     assert status == 0, err
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "last.pt", "best.pt"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "last.pt", "best.pt", "healthy.pt"}
     assert {p.name for p in (out / "samples").iterdir()} == {"0000004.png", "0000006.png"}
     assert Image.open(out / "samples/0000006.png").size == (32, 64)             # one held-out image, x above x̂
     config = json.loads((out / "config.json").read_text())
@@ -1095,11 +1299,11 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
     status, printed, err = finish(command(*flags, "--steps", 8))
     assert status == 0 and "continues after step 6 of 8" in printed and "--steps 6 -> 8" in printed, err
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [2, 4, 6, 8]
+    assert [r["step"] for r in records] == [2, 3, 4, 6, 8]                      # 3: the GAN comes on, and it is saved
     promised = {"l1", "l2", "lpips", "kl", "kl_dim", "lr", "images_per_s", "grad_norm_enc", "grad_norm_dec"}
     assert promised <= records[0].keys() and "g_loss" not in records[0]
     assert promised | {"g_loss", "d_loss", "logits_real", "logits_fake", "d_acc", "lam", "w", "grad_ratio",
-                       "grad_norm_disc", "val_psnr", "val_ssim", "val_sharpness"} <= records[3].keys()
+                       "grad_norm_disc", "val_psnr", "val_ssim", "val_sharpness"} <= records[4].keys()
     table = (HERE / "README.md").read_text(encoding="utf8").split("## What is logged")[1].split("\n## ")[0]
     explained = {n for cell in re.findall(r"^\| (`[^|]+) \|", table, re.M) for n in re.findall(r"`(\w+)`", cell)}
     assert explained == {key for record in records for key in record} - {"step"} | {"val_lpips"}
@@ -1116,11 +1320,11 @@ def test_the_warm_up_ends_by_itself_and_the_log_says_when_and_why(tmp_path, monk
     assert printed.startswith("preset tiny") and "--preset sd" in printed.splitlines()[0]
     assert "step 4: the warm-up is over: this is the latest step" in printed
     records = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    assert [r.get("event", "")[:6] for r in records] == ["", "step 4", "", ""]
-    assert ["d_loss" in r for r in records] == [False, False, True, True]       # D from step 4 on
-    assert "grad_ratio" not in records[2]                                       # lead: steps 4 and 5
+    assert [(r["step"], r.get("event", "")[:6]) for r in records] == [(2, ""), (4, "step 4"), (5, ""), (6, ""), (8, "")]
+    assert ["d_loss" in r for r in records] == [False, False, True, True, True]         # D from step 4 on
+    assert ["grad_ratio" in r for r in records] == [False, False, False, False, True]   # lead: step 4; a save at 5
     assert torch.load("run/best.pt", weights_only=True)["step"] == 8            # equal PSNR, but with the GAN
-    assert math.isclose(records[3]["grad_ratio"], (0.25 + 0.5) / 2, rel_tol=1e-3)       # ramp: steps 6 and 7
+    assert math.isclose(records[4]["grad_ratio"], (0.25 + 0.5) / 2, rel_tol=1e-3)       # ramp: steps 6 and 7
 
 
 def test_eval_prints_one_table_and_saves_both_sets_of_images(tmp_path):
@@ -1180,7 +1384,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_status_3_and_keeps_the_las
     assert finish(command(*tiny_flags(tmp_path / "run", "--steps", 4)))[0] == 0
     before = (tmp_path / "run/last.pt").read_bytes()
     status, _, err = finish(command(*tiny_flags(tmp_path / "run", "--steps", 40, "--lr", "1e30", "--clip", 0)))
-    assert status == 3 and re.search(r"step \d+: .*l1.* not finite; all terms: l1 ", err) and "Traceback" not in err
+    assert status == 3 and re.search(r"collapse at step \d+: non_finite: .*l1.* not finite\n.*all terms: l1 ", err)
+    assert "Traceback" not in err and json.loads((tmp_path / "run/collapse.json").read_text())["sign"] == "non_finite"
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 

@@ -16,12 +16,12 @@ This is latent-diffusion's objective divided by N: there the pixel term and LPIP
 values of an image, here they are means. So kl_weight, disc_weight and ε keep their published meaning,
 λ does not grow with the image, and a gradient norm of 1 means the same at every size.
 
-Sections: configuration, autoencoder, discriminator, losses, data, step and loop, plumbing, measures,
-command line.
+Sections: configuration, autoencoder, discriminator, losses, collapse, data, step and loop, plumbing,
+measures, command line.
 Every class and function runs when cut out with what its docstring names under "Needs:".
 """
 
-import argparse, contextlib, functools, hashlib, itertools, json, math, os, sys, time, warnings
+import argparse, contextlib, copy, functools, hashlib, itertools, json, math, os, shutil, sys, time, warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -108,6 +108,10 @@ class Config:
     log_every: int = arg("run", 50, "steps between records of log.jsonl", tiny=10, least=1)
     sample_every: int = arg("run", 1000, "steps between validations, each with a picture", tiny=100, least=1)
     save_every: int = arg("run", 1000, "steps between saves of last.pt", tiny=100, least=1)
+    on_collapse: str = arg("run", "stop", "stop: with status 3 and a report, back to the last healthy save; "
+                           "rollback: on from there, first without GAN, then at half its weight over "
+                           "twice the ramp, at most three times; warn: say so and go on",
+                           choices=("stop", "rollback", "warn"))
 
     def __post_init__(self):
         name = Path(self.data).resolve().name if self.data else "leaves"    # no run continues another's data
@@ -428,13 +432,15 @@ class WarmUp:
     start: T, or "plateau": every half window, the median loss of the last `window` steps is compared with
     that of the window before; T is where it fell by less than `tolerance` at `patience` comparisons in a row,
     between the steps `least` and `most`. The noise of batches hardly moves a median, still less three in a
-    row, and while the loss falls each window beats the one before. Needs: nothing.
+    row, and while the loss falls each window beats the one before. After n restarts w(t) rises to 2^-n over
+    2^n·ramp steps. Needs: nothing.
     """
     def __init__(self, start="plateau", lead=0, ramp=0, window=100, tolerance=0.03, patience=3, least=0,
                  most=math.inf):
         self.start, self.reason = (None, "") if start == "plateau" else (start, "as asked for")
         self.lead, self.ramp, self.window, self.least, self.most = lead, ramp, window, least, most
         self.tolerance, self.patience, self.losses, self.flat = tolerance, patience, [], 0
+        self.restarts = 0
 
     def observe(self, rec_loss, step):
         """Feed the reconstruction loss of `step`, a number or 0-d tensor -> True if that decides T."""
@@ -454,21 +460,248 @@ class WarmUp:
             self.start, self.reason = step + 1, "this is the latest step for it"
         return self.start is not None
 
+    def restart(self, step, restarts):
+        """After a collapse: no GAN until there is a new plateau, within four windows from `step` on."""
+        self.start, self.losses, self.flat = None, [], 0
+        self.restarts, self.most = restarts, step + 4 * self.window
+
+    @property
+    def top(self):
+        return 0.5 ** self.restarts
+
     def trains_disc(self, step):
         return self.start is not None and step >= self.start
 
     def weight(self, step):
-        """w(t) in [0, 1]."""
-        since = step - self.start - self.lead if self.trains_disc(step) else -1
-        return 0.0 if since < 0 else min(since / self.ramp, 1.0) if self.ramp else 1.0
+        """w(t) in [0, top]."""
+        since, ramp = step - self.start - self.lead if self.trains_disc(step) else -1, self.ramp / self.top
+        return 0.0 if since < 0 else self.top * (min(since / ramp, 1.0) if ramp else 1.0)
 
     def state_dict(self):
         losses = [float(loss) for loss in self.losses]
-        return dict(start=self.start, reason=self.reason, flat=self.flat, losses=losses)
+        state = dict(start=self.start, reason=self.reason, flat=self.flat, losses=losses)
+        return state | (dict(restarts=self.restarts, most=self.most) if self.restarts else {})
 
     def load_state_dict(self, state):
-        if self.start is None:                                  # a step that is asked for now has precedence
+        if self.start is None or "restarts" in state:           # else the step that is asked for now
             self.__dict__.update(state)
+
+
+# ---- Collapse: its signs, each a number with a limit, and the rule by which they stop a run.
+
+
+class CollapseError(AssertionError):
+    """Training has collapsed: its text says when and by which sign, the likely cause and the flags to change.
+
+    step, sign, value, threshold, meaning (of the sign, in words), cause, remedy; history: of all signs in the
+    last 200 steps, {sign: [[step, value], ...]}. Needs: nothing.
+    """
+    def __init__(self, step, sign, value, threshold, meaning, cause, remedy, history):
+        super().__init__(f"collapse at step {step}: {sign}: {meaning}\n  likely cause: {cause}\n"
+                         f"  remedy: {remedy}")
+        self.step, self.sign, self.value, self.threshold = step, sign, value, threshold
+        self.meaning, self.cause, self.remedy, self.history = meaning, cause, remedy, history
+
+
+class CollapseMonitor:
+    """Notices when the training of a VAE-GAN goes wrong, and says since when, why, and what to change.
+
+        monitor = CollapseMonitor()
+        for step in range(steps):
+            terms = ...                                         # of this step: {name: number}
+            if step % 10 == 0:
+                terms |= monitor.look(x, x_hat)
+            monitor.assert_healthy(step, terms)                 # raises CollapseError
+
+    A sign is up while its value exceeds its limit, the keyword argument of its name. m20: the median of the
+    last 20 steps; looks: the median of the last 3 looks. Signs whose terms are not fed are never up.
+
+    cause   domination    m10 of grad_ratio, w·‖∇adv‖/‖∇rec‖ at the last layer
+            spike         of log grad_norm_dec: (m10 - median)/(1.4826·MAD, at least 0.2), both of the m10 at
+                          the last 200 steps without this sign
+            kl_fall       peak of the m20 of kl_dim (nats a latent dimension), within 0.03 and 1, over m20
+            same_data     peak of the looks of x's spread over a batch, over looks
+    damage  rebound       dB by which the last 20 steps are above the best 50 in a row, less two standard
+                          errors: the smaller of 10·log10 l2 and 20·log10 rec_loss (texture may cost PSNR)
+            z_ignored     looks of the error with an image's own z over that with another one's
+            noise         looks of 1 - correlation of x̂ with x
+    other   uniform       looks of x's spread over a batch, over x̂'s
+            saturation    looks of the share of |x̂| > 1, less that of |x| > 1
+            ringing       looks of the energy above half of Nyquist, x̂ over x
+            checkerboard  looks of the energy of the differences of differences of neighbours, x̂ over x
+            expansion     looks of ‖G(z + δ) - G(z)‖/‖δ‖ over their median while this sign was not up
+            d_won         m20 of d_acc or of half of logits_real - logits_fake, whichever is smaller
+            d_died        peak of the m20 of grad_norm_disc over m20, where d_acc is within 0.05 of ½
+
+    Collapsed: a sign of damage is up for `patience` steps, or together with one of a cause, or a term is not
+    finite. Signs in the picture need a picture: they count once its correlation has been over ½, or after
+    `grace` steps, or beside a cause. Needs: CollapseError, high_frequency_energy.
+    """
+    CAUSE, DAMAGE = ("same_data", "domination", "kl_fall", "spike"), ("rebound", "z_ignored", "noise")
+    PICTURE = ("z_ignored", "noise", "uniform", "ringing", "checkerboard")
+    MEANING = dict(             # sign: what its value {} means, and what to do
+        domination=("the GAN's gradient is {:.3g} times the reconstruction's at the last layer",
+                    "--adaptive where it is off, else a smaller --disc-weight; a longer --disc-ramp"),
+        spike=("the decoder's gradient norm is {:.3g} deviations above its usual",
+               "a smaller --lr or --disc-weight, --adaptive where it is off, a longer --disc-ramp"),
+        kl_fall=("the KL is {:.3g} times below its peak", "a smaller --kl-weight"),
+        rebound=("the reconstruction is {:.3g} dB worse than at its best",
+                 "a smaller --lr; if the GAN came on, a smaller --disc-weight, a longer --disc-ramp"),
+        z_ignored=("the error with an image's own z is {:.3g} of that with another one's",
+                   "a smaller --disc-weight or --kl-weight"),
+        noise=("1 - correlation of reconstruction and image is {:.3g}", "a smaller --disc-weight or --lr"),
+        same_data=("the images of a batch differ {:.3g} times less than they did", "look into --data"),
+        uniform=("reconstructions differ {:.3g} times less than their images", "a smaller --kl-weight"),
+        saturation=("a share of {:.3g} of the values lies outside of [-1, 1]", "a smaller --lr"),
+        ringing=("{:.3g} times the images' high frequencies", "a smaller --disc-weight"),
+        checkerboard=("{:.3g} times the images' checkerboard", "a smaller --disc-weight"),
+        expansion=("the decoder is {:.3g} times as steep as it was", "a larger --kl-weight"),
+        d_won=("D is right by a margin nearly everywhere ({:.3g})", "with --adaptive, nothing; else --r1 10"),
+        d_died=("D is at chance, its gradient {:.3g} times below its peak", "another --lr-disc"))
+
+    def __init__(self, *, domination=3.0, spike=5.0, kl_fall=10.0, same_data=20.0, rebound=2.0,
+                 z_ignored=0.95, noise=0.75, uniform=4.0, saturation=0.1, ringing=2.0, checkerboard=3.0,
+                 expansion=5.0, d_won=0.98, d_died=1000.0, patience=20, grace=500):
+        self.limits = dict(
+            domination=domination, spike=spike, kl_fall=kl_fall, same_data=same_data, rebound=rebound,
+            z_ignored=z_ignored, noise=noise, uniform=uniform, saturation=saturation, ringing=ringing,
+            checkerboard=checkerboard, expansion=expansion, d_won=d_won, d_died=d_died)
+        self.patience, self.grace = patience, grace
+        self.first = self.step = None           # the first and the last step that were fed
+        self.terms, self.history = {}, {}       # {term or sign: [[step, value], ...]} of the last 200 steps
+        self.baseline, self.best = {}, {}       # {sign: values while it was not up}, {term: its extreme}
+        self.since = {}                         # {sign that is up: since which step}
+
+    @staticmethod
+    @torch.no_grad()
+    def look(x, x_hat, z=None, decode=None):
+        """Measure images and their reconstructions, (B, 3, H, W) -> {term: 0-d tensor}, without a sync.
+
+        With B > 1: whether x̂ depends on z. With z, (b, C, h, w), and its decoder: how steep that is.
+        """
+        x, x_hat = x.float(), x_hat.float()
+        small, small_hat = (F.adaptive_avg_pool2d(images, 16) for images in (x, x_hat))     # (B, 3, 16, 16)
+        a, b = (images - images.mean(dim=(0, 2, 3), keepdim=True) for images in (x, x_hat))
+        over = lambda measure: measure(x_hat) / measure(x).clamp(min=1e-12)
+        terms = dict(
+            corr=(a * b).mean() / (a.pow(2).mean() * b.pow(2).mean()).sqrt().clamp(min=1e-12),
+            saturation=(x_hat.abs() > 1).float().mean() - (x.abs() > 1).float().mean(),
+            high_freq=over(lambda images: high_frequency_energy(images).mean()),
+            checkerboard=over(lambda images: images.diff(dim=2).diff(dim=3).pow(2).mean()))
+        if len(x) > 1:
+            own, other = ((small - images).abs().mean() for images in (small_hat, small_hat.roll(1, 0)))
+            terms |= dict(other_z=other / own.clamp(min=1e-12), spread=small.std(0).mean(),
+                          spread_hat=small_hat.std(0).mean())
+        if z is not None:
+            noise = torch.randn(z.shape, generator=torch.Generator(z.device).manual_seed(0), device=z.device)
+            delta = 0.01 * z.std().clamp(min=1e-3) * noise      # the same at each look
+            terms["lipschitz"] = (decode(z + delta) - decode(z)).norm() / delta.norm()
+        return terms
+
+    def assert_healthy(self, step, terms):
+        """Feed the terms of a step, numbers or 0-d tensors. Raises CollapseError."""
+        error = self.observe(step, terms)
+        if error:
+            raise error
+
+    def observe(self, step, terms):
+        """As assert_healthy, but -> the CollapseError, or None."""
+        terms = {name: float(value) for name, value in terms.items()}
+        self.step, self.first = step, step if self.first is None else self.first
+        broken = [name for name, value in terms.items() if not math.isfinite(value)]
+        if broken:
+            every = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+            return CollapseError(step, "non_finite", None, None, f"{', '.join(broken)} not finite",
+                                 f"an overflow; all terms: {every}", "a smaller --lr, --precision fp32",
+                                 self.history)
+        self.remember(self.terms, terms)
+        values = {sign: value for sign, value in self.measure().items() if not math.isnan(value)}
+        self.remember(self.history, values)
+        for sign in self.CAUSE:                                 # up for 50 steps more: the damage comes later
+            values[sign] = max((value for _, value in self.history.get(sign, [])[-50:]), default=0.0)
+        up = [sign for sign, value in values.items() if value > self.limits[sign]]
+        causes = [sign for sign in up if sign in self.CAUSE]
+        if not (self.best["corr"] > 0.5 or step - self.first >= self.grace or set(causes) - {"spike"}):
+            up = [sign for sign in up if sign not in self.PICTURE]
+        self.since = {sign: self.since.get(sign, step) for sign in up}
+        damage = sorted((sign for sign in up if sign in self.DAMAGE), key=self.since.get)
+        if not damage or not causes and step - self.since[damage[0]] < self.patience:
+            return None
+        sign, cause = damage[0], min(causes or damage, key=(self.CAUSE + self.DAMAGE).index)
+        known = self.describe(cause) if causes else "none of the known ones; a large --lr, or other images?"
+        return CollapseError(step, sign, values[sign], self.limits[sign], self.describe(sign), known,
+                             self.MEANING[cause][1], self.history)
+
+    def describe(self, sign):
+        """A sign that is up, in words, with its highest value."""
+        value, since = max(value for _, value in self.history[sign][-50:]), self.since[sign]
+        return f"{self.MEANING[sign][0].format(value)} (limit {self.limits[sign]:g}), since step {since}"
+
+    def remember(self, series, values):
+        """Append this step's {name: value} to {name: [[step, value], ...]}; drop what is 200 steps old."""
+        for name, value in values.items():
+            series.setdefault(name, []).append([self.step, value])
+        for name in series:
+            while series[name] and series[name][0][0] <= self.step - 200:
+                del series[name][0]
+
+    def measure(self):
+        """The value of each sign, as the formulas above say; nan where too little has been seen."""
+        m20, looks = functools.partial(self.median, n=20), functools.partial(self.median, n=3, steps=200)
+        norm, steep = math.log(max(self.median("grad_norm_dec", 10), 1e-12)), looks("lipschitz")
+        usual_norm, mad = self.usual("spike", norm, least=50)
+        acc, died = m20("d_acc"), self.fall("grad_norm_disc", m20("grad_norm_disc"))
+        corr = looks("corr")
+        self.best["corr"] = max(self.best.get("corr", 0.0), corr)
+        return dict(
+            domination=self.median("grad_ratio", 10), spike=(norm - usual_norm) / max(1.4826 * mad, 0.2),
+            kl_fall=self.fall("kl_dim", m20("kl_dim"), least=0.03, most=1.0),
+            rebound=min(self.rise("l2", 10), self.rise("rec_loss", 20)),
+            z_ignored=1 / max(looks("other_z"), 1e-12), noise=1 - corr,
+            same_data=self.fall("spread", looks("spread")),
+            uniform=looks("spread") / max(looks("spread_hat"), 1e-12), saturation=looks("saturation"),
+            ringing=looks("high_freq"), checkerboard=looks("checkerboard"),
+            expansion=steep / max(self.usual("expansion", steep, least=1)[0], 1e-12),
+            d_won=min(acc, (m20("logits_real") - m20("logits_fake")) / 2),
+            d_died=died if abs(acc - 0.5) < 0.05 else 0.0)
+
+    def median(self, term, n, steps=0):
+        """Of the last n values; nan unless there are n in the last `steps` (or n) steps."""
+        values = [value for step, value in self.terms.get(term, ())[-n:] if step > self.step - (steps or n)]
+        return sorted(values)[n // 2] if len(values) == n else math.nan
+
+    def usual(self, sign, now, least):
+        """-> median and MAD of the last 200 values of `now` without the sign; nan if fewer than `least`."""
+        values, middle, mad = self.baseline.setdefault(sign, []), math.nan, math.nan
+        if len(values) >= least:
+            middle = sorted(values)[len(values) // 2]
+            mad = sorted(abs(value - middle) for value in values)[len(values) // 2]
+        if now == now and sign not in self.since:               # not nan
+            values.append(now)
+            del values[:-200]
+        return middle, mad
+
+    def fall(self, term, now, least=0.0, most=math.inf):
+        """The peak that `now` has had, kept between least and most, over now."""
+        self.best[term] = max(self.best.get(term, least), min(now, most))
+        return self.best[term] / max(now, 1e-12)
+
+    def rise(self, term, factor):
+        """dB of the last 20 steps over the lowest mean of 50 in a row, less two standard errors of 20."""
+        last = [factor * math.log10(max(value, 1e-12)) for step, value in self.terms.get(term, ())[-50:]]
+        if len(last) < 50:
+            return math.nan
+        mean = sum(last) / 50
+        self.best[term] = min(self.best.get(term, math.inf), mean)
+        error = math.sqrt(sum((value - mean) ** 2 for value in last) / 49 / 20)
+        return sum(last[-20:]) / 20 - self.best[term] - 2 * error
+
+    def state_dict(self):
+        settings = ("limits", "patience", "grace")
+        return {name: value for name, value in vars(self).items() if name not in settings}
+
+    def load_state_dict(self, state):
+        self.__dict__.update(copy.deepcopy(state))
 
 
 # ---- Data: any folder of images, or dead leaves. Datasets give uint8, the device makes it [-1, 1].
@@ -662,12 +895,13 @@ def discriminator_step(disc, x, x_hat, *, r1=0.0, amp=contextlib.nullcontext, lo
 
 
 class Trainer:
-    """The networks, optimisers and warm-up of a run: its update, and what its checkpoints hold.
+    """The networks, optimisers, warm-up and monitor of a run: its update, and what its checkpoints hold.
 
     Each rank has one; they start equal (same seed) and stay equal (same gradients). Needs: all above.
     """
     def __init__(self, cfg, device, rank=0, world=1):
-        self.cfg, self.device, self.rank = cfg, device, rank
+        self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
+        self.step, self.best, self.scaling_factor = 0, [0, -math.inf], None
         self.perceptual = Perceptual(cfg.perceptual_net).to(device) if cfg.perceptual_weight else None
         torch.manual_seed(cfg.seed)
         self.vae = vae = autoencoder(cfg).to(device, memory_format=torch.channels_last)
@@ -683,6 +917,7 @@ class Trainer:
         window = max(cfg.steps // 20, 10)                       # a plateau is one at the scale of the run,
         self.warm_up = WarmUp(cfg.disc_start, cfg.disc_lead, cfg.disc_ramp, window,
                               most=cfg.steps // 2)              # and the GAN gets half of it at least
+        self.monitor = CollapseMonitor()
         self.precision = cfg.precision
         if cfg.precision == "auto":
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -693,7 +928,8 @@ class Trainer:
         self.noise = torch.Generator(device)
         self.parallel = [DistributedDataParallel(net) if world > 1 else net for net in (vae, self.disc)]
         self.parts = dict(vae=vae, discriminator=self.disc, optimiser=self.optimiser,
-                          optimiser_disc=self.optimiser_disc, scaler=self.scaler, warm_up=self.warm_up)
+                          optimiser_disc=self.optimiser_disc, scaler=self.scaler, warm_up=self.warm_up,
+                          monitor=self.monitor)
 
     def update(self, step, images):
         """One update from cfg.accumulate batches of `images`, (B, 3, H, W) uint8 -> the terms of each."""
@@ -716,6 +952,10 @@ class Trainer:
                 r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0     # lazy: Karras et al. 2020, §3.1
                 terms |= discriminator_step(self.parallel[1], x, x_hat, r1=r1, amp=self.amp,
                                             loss_scale=loss_scale)
+            if (step + 1) % 10 == 0:                            # the slope costs three forwards of an image
+                with torch.no_grad():
+                    z = self.vae.encode(x[:1]).mode() if (step + 1) % 50 == 0 else None
+                terms |= self.monitor.look(x, x_hat, z, self.vae.decode)
             rows.append(terms)
         self.apply(self.optimiser, cfg.lr, step, ("enc", "dec"), terms)
         if train_disc:
@@ -723,6 +963,7 @@ class Trainer:
         self.scaler.update()
         if self.ema:
             self.ema.update_parameters(self.vae)
+        self.step = step + 1
         return rows
 
     def apply(self, optimiser, lr, step, names, terms):
@@ -733,15 +974,16 @@ class Trainer:
             terms["grad_norm_" + name] = clip_grad_norm_(self.weights[name], self.cfg.clip or math.inf)
         self.scaler.step(optimiser)
 
-    def save(self, path, step, best, scaling_factor):
-        """Write last.pt or best.pt; `state_dict` is what opens in diffusers."""
+    def save(self, path):
+        """Write a checkpoint; its `state_dict` is what opens in diffusers."""
         write_whole(path, functools.partial(torch.save, dict(
-            state_dict=self.average.state_dict(), config=asdict(self.cfg), step=step, best=best,
-            scaling_factor=scaling_factor,
+            state_dict=self.average.state_dict(), config=asdict(self.cfg), step=self.step, best=self.best,
+            scaling_factor=self.scaling_factor,
             training={name: part.state_dict() for name, part in self.parts.items()})))
 
-    def restore(self, checkpoint, path):
+    def restore(self, path):
         """Continue from a checkpoint -> the flags that changed, as text. UsageError if the model did."""
+        checkpoint = load(path)
         was, now, changes = checkpoint["config"], asdict(self.cfg), ""
         for f in fields(self.cfg):
             old, new, flag = was.get(f.name), now[f.name], "--" + f.name.replace("_", "-")
@@ -750,95 +992,164 @@ class Trainer:
             if old != new and f.name not in ("out", "resume"):
                 changes += f"; {flag} {old} -> {new}"
         for name, part in self.parts.items():
-            if checkpoint["training"][name]:                    # the scaler's is empty without fp16
+            if checkpoint["training"].get(name):                # the scaler's is empty without fp16
                 part.load_state_dict(checkpoint["training"][name])
         if self.ema:
             self.average.load_state_dict(checkpoint["state_dict"])
             self.ema.n_averaged.fill_(checkpoint["step"])
+        self.step, self.best = checkpoint["step"], checkpoint["best"]
+        self.scaling_factor = checkpoint["scaling_factor"]
         return changes
+
+    def roll_back(self, path):
+        """Continue from a checkpoint with the GAN off, later at half of the weight that it had now."""
+        restarts = self.warm_up.restarts + 1
+        self.restore(path)
+        self.warm_up.restart(self.step, restarts)
 
 
 def train(cfg):
     """Train as `cfg` says, alone or as one of torchrun's processes, and continue the run that cfg.out holds.
 
-    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, best.pt. Raises UsageError before
-    anything is written, FloatingPointError when a loss or a gradient is not finite. Needs: all of the file.
+    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, best.pt, healthy.pt. Raises UsageError
+    before anything is written, CollapseError after it has saved what shows it. Needs: all of the file.
     """
     device, rank, world = launch(cfg)
     say = tqdm.write if rank == 0 else lambda line: None
     train_set, val_set = open_data(cfg)
-    trainer = Trainer(cfg, device, rank, world)
-    out, start, best, scaling_factor, records = Path(cfg.out), 0, [0, -math.inf], None, []
+    trainer, out = Trainer(cfg, device, rank, world), Path(cfg.out)
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
     say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
         f"M; {len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
     if cfg.resume and (out / "last.pt").exists():
-        last = load(out / "last.pt")
-        changes = trainer.restore(last, out / "last.pt")
-        start, best, scaling_factor = last["step"], last["best"], last["scaling_factor"]
-        del last                                                # as large as all networks and optimisers
-        say(f"{out}: continues after step {start} of {cfg.steps}{changes}")
-        records = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+        changes = trainer.restore(out / "last.pt")
+        say(f"{out}: continues after step {trainer.step} of {cfg.steps}{changes}")
     if rank == 0:
-        make_folder("--out", out / "samples")
-        for old in ("last.pt", "best.pt") if start == 0 else ():
-            (out / old).unlink(missing_ok=True)
-        records = [line for line in records if line.endswith("}") and json.loads(line)["step"] <= start]
-        for name, text in (("log.jsonl", "".join(line + "\n" for line in records)),
-                           ("config.json", json.dumps(asdict(cfg), indent=1) + "\n")):
-            write_whole(out / name, lambda path: path.write_text(text))
-    first, stride = (start * cfg.accumulate * world + rank) * cfg.batch_size, world * cfg.batch_size
-    batches = (range(i, i + cfg.batch_size) for i in itertools.count(first, stride))    # endless
-    images = iter(torch.utils.data.DataLoader(train_set, batch_sampler=batches, num_workers=cfg.workers,
-                                              pin_memory=device.type == "cuda"))
+        open_folder(out, trainer)
     few = torch.utils.data.Subset(val_set, range(0, len(val_set), -(-len(val_set) // 256)))     # 256 at most
     shown = to_model(torch.stack([few[i] for i in range(min(8, len(few)))]), device)
-    bar = tqdm(total=cfg.steps, initial=start, disable=rank > 0, dynamic_ncols=True)
-    rows, event, clock = [], {}, time.perf_counter()
+    with tqdm(total=cfg.steps, initial=trainer.step, disable=rank > 0, dynamic_ncols=True) as bar:
+        loop(trainer, train_set, few, shown, out, say, bar)
+    say(f"{out}: {max(trainer.step, cfg.steps)} steps done; a larger --steps goes on from here")
+    return trainer
 
-    for step in range(start, cfg.steps):
-        terms = trainer.update(step, images)
-        rows += [(step, t) for t in terms]
+
+def loop(trainer, train_set, few, shown, out, say, bar):
+    """Update until cfg.steps: watch, log, measure, save; stop or roll back. Needs: all of the file."""
+    cfg, monitor, warm_up = trainer.cfg, trainer.monitor, trainer.warm_up
+    images, rows, seen, event, clock = batches(trainer, train_set), [], [], {}, time.perf_counter()
+    unproven, warned = None, set()                              # the step of a last.pt not yet proven healthy
+
+    while trainer.step < cfg.steps:
+        step = trainer.step
+        rows += [(step + 1, terms) for terms in trainer.update(step, images)]
+        done = trainer.step
         bar.update()
-        done = step + 1
         if cfg.disc_weight:
-            if trainer.warm_up.start is None:
-                trainer.warm_up.observe(average_over_ranks(terms[-1]["rec_loss"].clone()), step)
-            if trainer.warm_up.start == done:
-                event = dict(event=f"step {done}: the warm-up is over: {trainer.warm_up.reason}")
+            if warm_up.start is None:
+                warm_up.observe(average_over_ranks(rows[-1][1]["rec_loss"].clone()), step)
+            if warm_up.start == done:
+                event = dict(event=f"step {done}: the warm-up is over: {warm_up.reason}")
                 say(event["event"])
-        to_log, to_sample, to_save = (done % every == 0 or done == cfg.steps
-                                      for every in (cfg.log_every, cfg.sample_every, cfg.save_every))
+        to_log, to_sample, to_save, to_check = (
+            done % every == 0 or done == cfg.steps
+            for every in (cfg.log_every, cfg.sample_every, cfg.save_every, 10))
+        comes_on = warm_up.start is not None and done == warm_up.start + warm_up.lead       # the GAN, next
+        to_save |= comes_on
+        if not (to_log or to_sample or to_save or to_check):
+            continue
+
+        fresh = read(rows, scaled=trainer.scaler.is_enabled() and trainer.scaler.get_scale() >= 1)
+        rows, error = [], None
+        for at, terms in fresh.items():
+            found = monitor.observe(at, terms)
+            error = error or found
+        for sign in monitor.since.keys() - warned:
+            if done - monitor.since[sign] >= monitor.patience:
+                say(f"step {done}: {sign}: {monitor.describe(sign)}")
+                warned.add(sign)
+        seen += fresh.values()
+        if error and (cfg.on_collapse != "warn" or error.sign == "non_finite"):
+            event = dict(event=collapse(error, trainer, out, shown, say))   # raises it, or rolls back
+            images, seen, unproven, clock = batches(trainer, train_set), [], None, time.perf_counter()
+            bar.n = trainer.step
+            continue
+        if error and "collapse" not in warned:
+            say(f"warning: {error}")
+            warned.add("collapse")
+        alarm = monitor.since.keys() & {*monitor.CAUSE, *monitor.DAMAGE}
+        if alarm:
+            unproven = None
+        elif unproven is not None and done - unproven >= min(50, cfg.save_every):
+            second_name(out / "last.pt", out / "healthy.pt")
+            unproven = None
         if not (to_log or to_sample or to_save):
             continue
-        record = dict(step=done, **event, **summarise(rows, trainer.scaler.is_enabled()),   # or raises
-                      lr=trainer.optimiser.param_groups[0]["lr"],
-                      images_per_s=len(rows) * stride / (time.perf_counter() - clock))
-        if trainer.scaler.get_scale() < 1:                      # fp16's scale starts at 65536
-            raise FloatingPointError(f"step {done}: the gradients overflow fp16 at every scale")
+
+        record = dict(step=done, **event, **average(seen), lr=trainer.optimiser.param_groups[0]["lr"],
+                      images_per_s=len(seen) * cfg.accumulate * trainer.world * cfg.batch_size
+                      / (time.perf_counter() - clock))
+        if monitor.since:
+            record["signs"] = ", ".join(monitor.since)
         shorts = dict(l1="L1", lpips="LPIPS", kl_dim="KL", d_acc="D acc", grad_ratio="∇adv/∇rec")
         bar.set_postfix({shorts[key]: f"{record[key]:.3g}" for key in shorts if record.get(key)})
-        if rank == 0 and to_sample:
-            measured = evaluate(trainer.average, few, device, trainer.perceptual, cfg.batch_size)
-            record |= {f"val_{key}": measured[key] for key in ("psnr", "ssim", "lpips", "sharpness")
-                       if key in measured}
-            scaling_factor = measured["scaling_factor"]
-            save_pairs(trainer.average, shown, out / "samples" / f"{done:07d}.png")
-            with_gan = cfg.disc_weight == 0 or trainer.warm_up.weight(step) == 1
-            score = [int(with_gan), -measured.get("lpips", -measured["psnr"])]
-            if score > best:                                    # no blurred image of the warm-up stays best
-                best = score
-                trainer.save(out / "best.pt", done, scaling_factor=scaling_factor, best=best)
-        if rank == 0 and to_save:
-            trainer.save(out / "last.pt", done, scaling_factor=scaling_factor, best=best)
-        if rank == 0:
+        if trainer.rank == 0:
+            if to_sample:
+                record |= validate(trainer, few, shown, out)
+            if to_save:
+                trainer.save(out / "last.pt")
+                unproven = done
+                if (comes_on or done == cfg.steps) and not alarm:
+                    second_name(out / "last.pt", out / "healthy.pt")
             with open(out / "log.jsonl", "a") as log:
                 record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
                 log.write(json.dumps(record) + "\n")
-        rows, event, clock = [], {}, time.perf_counter()
-    bar.close()
-    say(f"{out}: {max(start, cfg.steps)} steps done; a larger --steps goes on from here")
-    return trainer
+        seen, event, clock = [], {}, time.perf_counter()
+
+
+def validate(trainer, few, shown, out):
+    """Measure the averaged weights on `few` images, draw `shown`, keep the best -> the log's val_ keys."""
+    measured = evaluate(trainer.average, few, trainer.device, trainer.perceptual, trainer.cfg.batch_size)
+    trainer.scaling_factor = measured["scaling_factor"]
+    save_pairs(trainer.average, shown, out / "samples" / f"{trainer.step:07d}.png")
+    warm_up = trainer.warm_up
+    with_gan = trainer.cfg.disc_weight == 0 or warm_up.weight(trainer.step - 1) == warm_up.top
+    score = [int(with_gan), -measured.get("lpips", -measured["psnr"])]
+    if score > trainer.best:                                    # no blurred image of the warm-up stays best
+        trainer.best = score
+        trainer.save(out / "best.pt")
+    return {f"val_{key}": measured[key] for key in ("psnr", "ssim", "lpips", "sharpness") if key in measured}
+
+
+def collapse(error, trainer, out, shown, say):
+    """Save what shows a collapse; go back to healthy.pt -> what happened, or raise the error."""
+    rank_0, restarts = trainer.rank == 0, trainer.warm_up.restarts
+    if rank_0:
+        healthy = autoencoder(trainer.cfg).to(trainer.device)
+        checkpoint = load(out / "healthy.pt")
+        healthy.load_state_dict(checkpoint["training"]["vae"])
+        rows = {"image": shown, f"healthy, step {checkpoint['step']}": healthy(shown, sample=False)[0],
+                f"now, step {trainer.step}": trainer.vae(shown, sample=False)[0]}
+        save_collapse(error, trainer.monitor, rows, out)
+    if trainer.cfg.on_collapse != "rollback" or restarts == 3:
+        if rank_0:
+            second_name(out / "healthy.pt", out / "last.pt")
+            say(f"{out}: collapse.png and collapse.json show it; the same command, better with other flags, "
+                f"goes on from the last healthy save, step {checkpoint['step']}")
+        raise error
+    average_over_ranks(torch.zeros((), device=trainer.device))  # nobody reads before all is written,
+    best = trainer.best
+    trainer.roll_back(out / "healthy.pt")
+    trainer.best = best                                         # best.pt is still there
+    average_over_ranks(torch.zeros((), device=trainer.device))  # nobody writes before all have read
+    if rank_0:
+        trainer.save(out / "last.pt")
+        second_name(out / "last.pt", out / "healthy.pt")
+        keep_records(out, trainer.step)
+    event = (f"rollback {restarts + 1} from step {error.step} ({error.sign}) to step {trainer.step}: no GAN "
+             f"until the next plateau, then {trainer.warm_up.top:g} of its weight")
+    say(f"{error}\n{event}")
+    return event
 
 
 # ---- Plumbing: seeds, devices and processes, data sets, files, records.
@@ -902,8 +1213,49 @@ def make_folder(flag, path):
 def write_whole(path, write):
     """write(a path beside `path`), then rename, so that `path` is whole at any moment. Needs: nothing."""
     beside = path.with_suffix(".tmp")
+    beside.unlink(missing_ok=True)
     write(beside)
     os.replace(beside, path)
+
+
+def second_name(path, name):
+    """Make `name` the same file, at no cost; a copy where the disk has no hard links. Needs: write_whole."""
+    def link(beside):
+        try:
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)
+    write_whole(name, link)
+
+
+def open_folder(out, trainer):
+    """Make the run's folder, or ready it for going on. Needs: make_folder, keep_records, write_whole."""
+    make_folder("--out", out / "samples")
+    stale = ("last.pt", "best.pt", "healthy.pt", "collapse.json", "collapse.png") if trainer.step == 0 else ()
+    for old in stale:
+        (out / old).unlink(missing_ok=True)
+    keep_records(out, trainer.step)
+    config = json.dumps(asdict(trainer.cfg), indent=1) + "\n"
+    write_whole(out / "config.json", lambda path: path.write_text(config))
+    if not (out / "healthy.pt").exists():
+        trainer.save(out / "healthy.pt")
+
+
+def keep_records(out, step):
+    """Cut log.jsonl after a step. Needs: write_whole."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if step and log.exists() else []
+    lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_whole(log, lambda path: path.write_text("".join(lines)))
+
+
+def batches(trainer, dataset):
+    """This process' batches from its step on: an endless iterator of (B, 3, H, W) uint8. Needs: nothing."""
+    size, stride = trainer.cfg.batch_size, trainer.world * trainer.cfg.batch_size
+    first = trainer.step * trainer.cfg.accumulate * stride + trainer.rank * size
+    indices = (range(i, i + size) for i in itertools.count(first, stride))
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=indices, num_workers=trainer.cfg.workers,
+                                            pin_memory=trainer.device.type == "cuda"))
 
 
 def load(path):
@@ -933,25 +1285,56 @@ def save_pairs(vae, x, path):
     save_png(torch.cat(rows, dim=1), path)                      # (3, 2·H, n·W)
 
 
-def summarise(rows, scaled=False):
-    """Means of [(step, terms)] over steps and ranks, with one transfer from the device.
+@torch.no_grad()
+def save_collapse(error, monitor, rows, out):
+    """collapse.json: the error and the limits. collapse.png: rows, {label: (n, 3, H, W)}, and with matplotlib
+    the signs of the last 200 steps as multiples of their limits. Needs: save_png, write_whole."""
+    content = vars(error) | dict(limits=monitor.limits, up=monitor.since)
+    write_whole(out / "collapse.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    picture = torch.cat([torch.cat(list(images[:4]), dim=2) for images in rows.values()], dim=1)
+    save_png(picture, out / "collapse.png")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(Image.open(out / "collapse.png"), interpolation="nearest")
+    height = picture.shape[1] / len(rows)
+    left.set_yticks([height * (i + 0.5) for i in range(len(rows))], list(rows))
+    left.set_xticks([])
+    right.axhline(1, color="red", linewidth=3, label="limit")
+    for sign, pairs in error.history.items():
+        steps, values = [step for step, _ in pairs], [value / monitor.limits[sign] for _, value in pairs]
+        line = dict(linewidth=2, label=sign) if sign in monitor.since else dict(linewidth=0.7, color="silver")
+        right.plot(steps, [min(max(value, 0.1), 100) for value in values], **line)
+    right.set(yscale="log", ylim=(0.1, None), xlabel="step", ylabel="sign / its limit (grey: below it)")
+    right.legend(loc="upper left")
+    figure.suptitle(str(error), ha="left", x=0.01)
+    write_whole(out / "collapse.png", functools.partial(figure.savefig, format="png", dpi=80))
 
-    Raises FloatingPointError, naming step and terms, if one is not finite; scaled: if it is no gradient, for
-    fp16's scaler skips steps whose gradients are not. Needs: average_over_ranks.
+
+def read(rows, scaled=False):
+    """[(step, terms)] -> {step: {term: number}}, means over ranks and a step's batches, in one transfer.
+
+    scaled: leaves out gradients that are not finite, for fp16's scaler skips such steps.
+    Needs: average_over_ranks, average.
     """
     values = torch.stack([value.float() for _, terms in rows for value in terms.values()])
-    values = iter(average_over_ranks(values).tolist())
-    finite = {}
+    values, steps = iter(average_over_ranks(values).tolist()), {}
     for step, terms in rows:
-        terms = {name: next(values) for name in terms}
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        if bad and not (scaled and all(name.startswith(("grad_", "lam", "w")) for name in bad)):
-            raise FloatingPointError(f"step {step + 1}: {', '.join(bad)} not finite; all terms: "
-                                     + ", ".join(f"{name} {value:.4g}" for name, value in terms.items()))
-        for name, value in terms.items():
-            if name not in bad:
-                finite.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in finite.items()}
+        numbers = {name: next(values) for name in terms}
+        steps.setdefault(step, []).append({
+            name: value for name, value in numbers.items()
+            if math.isfinite(value) or not (scaled and name.startswith(("grad_", "lam", "w")))})
+    return {step: average(numbers) for step, numbers in steps.items()}
+
+
+def average(dicts):
+    """Of dicts of numbers: each name's mean over those that have it. Needs: nothing."""
+    names = {name: None for numbers in dicts for name in numbers}
+    values = {name: [numbers[name] for numbers in dicts if name in numbers] for name in names}
+    return {name: sum(values[name]) / len(values[name]) for name in names}
 
 
 # ---- Measures, of images in [-1, 1]: one number an image, (B,).
@@ -1083,7 +1466,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Run a command line -> exit status: 0 done, 2 bad input, 3 not finite, 130 interrupted."""
+    """Run a command line -> exit status: 0 done, 2 bad input, 3 collapsed, 130 interrupted."""
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         flags = parse(argv)
@@ -1100,15 +1483,15 @@ def main(argv=None):
         return 0
     except UsageError as error:
         status, line = 2, error
-    except FloatingPointError as error:
-        status, line = 3, f"{error}; try a smaller --lr, or --precision fp32"
+    except CollapseError as error:
+        status, line = 3, error
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command continues from the last save, if there is one"
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     if is_main:
-        print(f"vaegan.py: {line}", file=sys.stderr)
+        tqdm.write(f"vaegan.py: {line}", file=sys.stderr)       # above the bar, if there is one
     return status
 
 
