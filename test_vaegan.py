@@ -2,10 +2,12 @@
 
     pytest test_vaegan.py               CPU, no network, no data, under three minutes
     python test_vaegan.py bench         wall time of the textbook step against ours
+    python test_vaegan.py collapse PHOTOS HELD_OUT      what the collapse monitor says of healthy and of ruined runs
 """
 
 import ast
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import inspect
@@ -18,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -1389,11 +1392,78 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_status_3_and_keeps_the_las
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
+def ruinous(tmp_path, *more):
+    """Flags of a run that collapses soon after the GAN comes on at step 60, without λ at a large weight."""
+    if not (tmp_path / "photos").exists():
+        write_photos(tmp_path / "photos", 6)
+    return [str(flag) for flag in tiny_flags(tmp_path / "run", "--data", tmp_path / "photos", "--disc-start", 60, "--disc-lead", 0,
+            "--disc-ramp", 0, "--disc-weight", 100, "--sample-every", 1000, "--save-every", 50, "--log-every", 10, "--device", "cpu", *more)]
+
+
+def test_a_collapsed_run_stops_with_status_3_a_report_and_its_last_healthy_state(tmp_path, capsys):
+    run, flags = tmp_path / "run", ruinous(tmp_path, "--steps", 120)
+    status, printed, err = finish(command(*flags, "--no-adaptive"))
+    assert status == 3 and "Traceback" not in err
+    message = re.search(r"vaegan.py: collapse at step (\d+): (\w+): .*\n  likely cause: .*GAN's gradient.*\n  remedy: --adaptive", err)
+    step = int(message[1])
+    assert 60 < step < 110 and "collapse.png" in printed and "last healthy save, step 60" in printed
+    report = json.loads((run / "collapse.json").read_text())
+    assert (report["step"], report["sign"]) == (step, message[2]) and report["value"] > report["threshold"]
+    assert report["history"]["domination"][-1][0] == step and report["limits"]["domination"] == 3.0
+    assert Image.open(run / "collapse.png").size[0] >= 32
+    for name in ("healthy.pt", "last.pt"):
+        checkpoint = torch.load(run / name, weights_only=True)
+        assert checkpoint["step"] == 60 and checkpoint["training"]["monitor"]["step"] == 60
+    assert vaegan.main(flags + ["--adaptive", "--disc-weight", "0.5"]) == 0     # as the remedy says
+    assert "continues after step 60 of 120; --disc-weight 100.0 -> 0.5; --adaptive False -> True" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == list(range(10, 130, 10))
+    assert torch.load(run / "healthy.pt", weights_only=True)["step"] == 120 and not list(run.glob("*.tmp"))
+
+
+def test_warn_says_so_and_goes_on(tmp_path, capsys):
+    assert vaegan.main(ruinous(tmp_path, "--no-adaptive", "--steps", 110, "--on-collapse", "warn")) == 0
+    assert capsys.readouterr().out.count("warning: collapse at step") == 1
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert "rebound" in records[-1]["signs"] and "rebound" not in records[4].get("signs", "")
+    assert torch.load(tmp_path / "run/healthy.pt", weights_only=True)["step"] == 60 and not (tmp_path / "run/collapse.json").exists()
+
+
+def test_rollback_goes_back_and_on_with_less_gan_until_the_run_is_done_and_recovers(tmp_path, capsys):
+    assert vaegan.main(ruinous(tmp_path, "--no-adaptive", "--disc-weight", 25, "--steps", 130, "--on-collapse", "rollback")) == 0
+    printed = capsys.readouterr().out
+    assert "rollback 1 from step" in printed and "to step 60: no GAN until the next plateau, then 0.5 of its weight" in printed
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    assert steps == sorted(set(steps)) and steps[-1] == 130 and any("rollback 1" in r.get("event", "") for r in records)
+    checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert checkpoint["training"]["warm_up"]["restarts"] >= 1                  # so a continued run keeps to it
+    assert vaegan.main(ruinous(tmp_path / "healthy", "--disc-weight", 0.5, "--steps", 130)) == 0
+    healthy = json.loads((tmp_path / "healthy/run/log.jsonl").read_text().splitlines()[-1])
+    assert records[-1]["val_psnr"] > healthy["val_psnr"] - 0.5
+
+
+def test_rollback_gives_up_after_the_third(tmp_path, capsys):
+    assert vaegan.main(ruinous(tmp_path, "--no-adaptive", "--disc-weight", 1000, "--steps", 260, "--on-collapse", "rollback")) == 3
+    printed = capsys.readouterr()
+    assert [int(n) for n in re.findall(r"^rollback (\d)", printed.out, re.M)] == [1, 2, 3] and "collapse at step" in printed.err
+
+
+def test_two_ranks_decide_alike_and_roll_back_together(tmp_path):
+    process = torchrun(*ruinous(tmp_path, "--no-adaptive", "--steps", 90, "--on-collapse", "rollback", "--precision", "bf16"))
+    assert process.returncode == 0 and process.stdout.count("rollback 1 from step") == 1, process.stderr
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 90
+
+
+def torchrun(*flags):
+    """Two processes; if they did not do the same, one would wait for the other for ever."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone",
+                           HERE / "vaegan.py", *map(str, flags)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def test_torchrun_trains_two_processes_into_one_folder(tmp_path):
     flags = tiny_flags(tmp_path / "run", "--steps", 4, "--accumulate", 2, "--lr", 0)
-    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-                              "--standalone", HERE / "vaegan.py", *map(str, flags)], capture_output=True, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = torchrun(*flags)
     assert process.returncode == 0 and process.stdout.count("2 × cpu") == 1, process.stderr
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
     assert finish(command(*tiny_flags(tmp_path / "one", "--steps", 4, "--accumulate", 2, "--lr", 0, "--batch-size", 4)))[0] == 0
@@ -1475,5 +1545,163 @@ def bench(batch=2, size=128, ch=64, rounds=9):
         print(f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {ratio:.2f} |")
 
 
+# --- python test_vaegan.py collapse PHOTOS HELD_OUT: which runs go wrong, when, and what the monitor says
+
+
+def pin_posterior(trainer, logvar, mean=None):
+    """From now on the variance of z, and perhaps its mean, says nothing about the image."""
+    for net in {trainer.vae, trainer.average}:
+        def encode(x, encode=net.encode):
+            own = encode(x).mean
+            return DiagonalGaussian(torch.cat([own if mean is None else own * 0 + mean, own * 0 + logvar], dim=1))
+        net.encode = encode
+
+
+@torch.no_grad()
+def perturb(trainer, scale):
+    torch.manual_seed(0)
+    for weight in trainer.vae.parameters():
+        weight += scale * torch.randn_like(weight) * (weight.std() if weight.numel() > 1 else 0)
+
+
+def multiply_lr(trainer, factor):
+    object.__setattr__(trainer.cfg, "lr", trainer.cfg.lr * factor)
+
+
+@torch.no_grad()
+def overflow(trainer):
+    trainer.vae.decoder.conv_in.weight *= 1e9
+
+
+def change_data(trainer, change):
+    trainer.change_data = change
+
+
+ALONE_GAN, COLD = dict(adaptive=False), dict(disc_start=0, disc_lead=0, disc_ramp=0, steps=400)
+NO_GAN, FAR = dict(disc_weight=0.0), dict(lr=1e-4, lr_disc=1e-4, disc_start=500, steps=1200)
+RUNS = [            # is it healthy, name, flags over preset tiny and BASE, what happens at step 300
+    (True, "batch 2", dict(batch_size=2)), (True, "batch 4", {}), (True, "batch 4, again", {}), (True, "batch 16", dict(batch_size=16)),
+    (True, "batch 32", dict(batch_size=32, steps=400)), (True, "batch 8, 48 px", dict(batch_size=8, image_size=48)),
+    (True, "64 px", dict(image_size=64, steps=700)), (True, "lr 2e-3, batch 2", dict(lr=2e-3, lr_disc=1e-3, batch_size=2)),
+    (True, "lr 3e-4", dict(lr=3e-4, lr_disc=3e-4, steps=900)), (True, "lr 1e-4", FAR), (True, "plateau", dict(disc_start="plateau", steps=1000)),
+    (True, "L2", dict(pixel_loss="l2")), (True, "kl_weight 1e-6", dict(kl_weight=1e-6)), (True, "disc_weight 1", dict(disc_weight=1.0)),
+    (True, "LPIPS, 64 px", dict(perceptual_weight=1.0, perceptual_net="squeeze", image_size=64)),
+    (True, "dead leaves", dict(data="", val="")), (True, "dead leaves, batch 2, 64 px", dict(data="", val="", batch_size=2, image_size=64)),
+    (True, "kl_weight 1e-4", dict(kl_weight=1e-4)), (True, "kl_weight 1e-3", dict(kl_weight=1e-3)), (True, "kl_weight 1e-1", dict(kl_weight=1e-1)),
+    *((False, f"no λ, weight {weight}", ALONE_GAN | dict(disc_weight=float(weight))) for weight in (1, 3, 10, 100)),
+    *((False, f"no λ, weight {weight}, cold", ALONE_GAN | COLD | dict(disc_weight=float(weight))) for weight in (1, 3, 10, 100)),
+    (False, "λ, cold", COLD), (False, "λ, weight 5", dict(disc_weight=5.0)),
+    (False, "no λ, weight 10, dead leaves", ALONE_GAN | dict(disc_weight=10.0, data="", val="")),
+    (False, "no λ, weight 3, LPIPS, 64 px", ALONE_GAN | dict(disc_weight=3.0, perceptual_weight=1.0, perceptual_net="squeeze", image_size=64)),
+    (False, "no spectral norm", dict(spectral_norm=False)),
+    (False, "no spectral norm, no λ, weight 10", ALONE_GAN | dict(spectral_norm=False, disc_weight=10.0)),
+    (False, "no clipping, no λ, weight 10", ALONE_GAN | dict(clip=0.0, disc_weight=10.0)),
+    (False, "D's lr ×20", dict(lr_disc=1e-2)), (False, "D's lr ×20, no λ, weight 1", ALONE_GAN | dict(lr_disc=1e-2, disc_weight=1.0)),
+    (False, "kl_weight 10", dict(kl_weight=10.0)),
+    (False, "logvar pinned at 20", {}, functools.partial(pin_posterior, logvar=20.0)),
+    (False, "posterior pinned at N(0, 1)", {}, functools.partial(pin_posterior, logvar=0.0, mean=0.0)),
+    (False, "weights + 1 std of noise", {}, functools.partial(perturb, scale=1.0)),
+    (False, "weights + 3 std of noise", {}, functools.partial(perturb, scale=3.0)),
+    (False, "weights + 10 std, no GAN", NO_GAN, functools.partial(perturb, scale=10.0)),
+    (False, "lr ×30", {}, functools.partial(multiply_lr, factor=30)), (False, "lr ×30, no GAN", NO_GAN, functools.partial(multiply_lr, factor=30)),
+    (False, "fp16 overflow", dict(precision="fp16"), overflow),
+    (False, "all images black", {}, functools.partial(change_data, change=torch.zeros_like)),
+    (False, "all images the same", {}, functools.partial(change_data, change=lambda x: x[:1].expand_as(x).contiguous()))]
+BASE = dict(image_size=32, steps=500, disc_start=200, disc_lead=50, disc_ramp=50, device="cpu", on_collapse="warn", sample_every=10 ** 9,
+            save_every=10 ** 9)
+
+
+def run_and_watch(number, photos, held_out):
+    """RUNS[number] through `train` -> steps of the ruin of the saved and of the raw weights, step and sign of the first
+    error, {sign: step when it first came up}, the last PSNR of the saved weights."""
+    torch.set_num_threads(1)
+    healthy, name, flags, *event = RUNS[number]
+    flags = BASE | dict(data=photos, val=held_out, seed=100 + number) | flags
+    if not flags.pop("spectral_norm", True):
+        vaegan.spectral_norm = lambda conv: conv
+    held, errors, came = [], [], {}
+
+    class Watched(Trainer):
+        change_data = staticmethod(lambda x: x)
+
+        def update(self, step, images):
+            if step == 300 and event:
+                event[0](self)
+            rows = super().update(step, (self.change_data(x) for x in images))
+            if step % 10 == 9:
+                held.append((step + 1, *measure(self.average), *measure(self.vae)))
+            return rows
+
+    class Recorded(CollapseMonitor):
+        def observe(self, step, terms):
+            error = super().observe(step, terms)
+            errors.extend([(step, error.sign)] if error else [])
+            for sign in self.since:
+                came.setdefault(sign, step)
+            return error
+
+    @torch.no_grad()
+    def measure(net):
+        x_hat = net(x, sample=False)[0]
+        small, small_hat = (F.adaptive_avg_pool2d(t, 16) for t in (x, x_hat))
+        other = (small - small_hat.roll(1, 0)).abs().mean() / (small - small_hat).abs().mean()
+        return vaegan.psnr(x, x_hat.clamp(-1, 1)).mean().item(), other.item()
+
+    vaegan.Trainer, vaegan.CollapseMonitor = Watched, Recorded
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), \
+            contextlib.redirect_stderr(nothing):
+        cfg = Config.of("tiny", **flags, out=folder)
+        val_set = vaegan.open_data(cfg)[1]
+        x = vaegan.to_model(torch.stack([val_set[i] for i in range(16)]), "cpu")
+        try:
+            vaegan.train(cfg)
+        except CollapseError:
+            pass
+    return ruin(held, 1, 1), ruin(held, 3, 3), (errors or [(None, "")])[0], came, held[-1][1]
+
+
+def ruin(held, column, times):
+    """The first step at which PSNR is over 3 dB below its best, or z, once used, is ignored, `times` measurements long."""
+    best, used, count = -math.inf, 0.0, 0
+    for step, *values in held:
+        psnr, other = values[column - 1:column + 1]
+        best, used = max(best, psnr), max(used, other)
+        count = count + 1 if psnr < best - 3 or used > 1.5 and other < 1.05 or not math.isfinite(psnr) else 0
+        if count == times:
+            return step
+
+
+def collapse_table(photos, held_out):
+    """Two runs at a time, each on one thread. Ruined: on 16 held-out crops, measured every 10 steps, the PSNR is over 3 dB
+    below its best, or the error with another image's z is within 5 % of that with one's own. Raw weights wobble: for 30
+    steps."""
+    print("| run | ruined at: saved weights | raw weights | stopped at | sign | came up first | last PSNR, dB |\n" + "|---" * 7 + "|")
+    delays, missed, false, ups = [], [], [], {True: [], False: []}
+    with concurrent.futures.ProcessPoolExecutor(2, torch.multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        results = pool.map(run_and_watch, range(len(RUNS)), itertools.repeat(photos), itertools.repeat(held_out))
+        for (healthy, name, *_), (saved, raw, (step, sign), came, last) in zip(RUNS, results):
+            first = ", ".join(f"{sign} {at}" for sign, at in sorted(came.items(), key=lambda item: item[1])[:3])
+            name = "healthy: " * healthy + name
+            print(f"| {name} | {saved or ''} | {raw or ''} | {step or ''} | {sign} | {first} | {last:.1f} |", flush=True)
+            ruined = min(saved or math.inf, raw or math.inf)
+            false += [name] * (healthy and step is not None)
+            if healthy or ruined < math.inf:
+                ups[healthy].append(came)
+            if ruined < math.inf and not healthy:
+                delays.append((step or math.inf) - ruined)
+                missed += [name] * (delays[-1] > 50)
+    print(f"\n{len(delays)} runs ruined, stopped {min(delays)} to {max(delays)} steps after it (before it: negative); over 50: "
+          f"{missed or 'none'}. {len(ups[True])} healthy runs; stopped: {false or 'none'}.\n\n| sign | limit | up in ruined runs | "
+          "in healthy runs |\n|---|---|---|---|")
+    for sign, limit in CollapseMonitor().limits.items():
+        print(f"| `{sign}` | {limit:g} | {sum(sign in came for came in ups[False])} of {len(ups[False])} | "
+              f"{sum(sign in came for came in ups[True])} of {len(ups[True])} |")
+
+
 if __name__ == "__main__":
-    bench() if sys.argv[1:] == ["bench"] else sys.exit("python test_vaegan.py bench, or: pytest test_vaegan.py")
+    if sys.argv[1:] == ["bench"]:
+        bench()
+    elif len(sys.argv) == 4 and sys.argv[1] == "collapse":
+        collapse_table(*sys.argv[2:])
+    else:
+        sys.exit("python test_vaegan.py bench | collapse PHOTOS HELD_OUT, or: pytest test_vaegan.py")
