@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import statistics
@@ -547,6 +548,7 @@ def test_the_errors_text_names_step_sign_value_limit_cause_and_remedy():
         assert part in str(error), part
     assert set(error.history) == set(WRONG) and error.history["domination"][-1] == [error.step, 6.0]
     assert min(step for step, _ in error.history["noise"]) == error.step - 199
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)                 # from a worker process, say
 
 
 def test_the_monitor_continues_from_its_state_as_if_it_had_not_stopped(tmp_path):
@@ -887,6 +889,16 @@ def test_a_trainer_continues_from_its_checkpoint_exactly(tmp_path):
     for name in ("vae", "average", "disc"):
         ours, theirs = getattr(whole, name).state_dict(), getattr(rest, name).state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+def test_the_monitor_forgets_what_it_knew_of_other_data_or_losses(tmp_path):
+    trainer = Trainer(tiny_config(), torch.device("cpu"))
+    trainer.monitor.observe(1, dict(l2=0.1))
+    trainer.save(tmp_path / "last.pt")
+    for flags, known in (dict(lr=1e-4), True), (dict(perceptual_weight=0.0, pixel_loss="l2"), False), (dict(batch_size=4), False):
+        other = Trainer(tiny_config(**flags), torch.device("cpu"))
+        other.restore(tmp_path / "last.pt")
+        assert (other.monitor.step == 1) == known
 
 
 def test_a_run_in_fp32_continues_in_fp16(tmp_path):
@@ -1309,7 +1321,8 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
                        "grad_norm_disc", "val_psnr", "val_ssim", "val_sharpness"} <= records[4].keys()
     table = (HERE / "README.md").read_text(encoding="utf8").split("## What is logged")[1].split("\n## ")[0]
     explained = {n for cell in re.findall(r"^\| (`[^|]+) \|", table, re.M) for n in re.findall(r"`(\w+)`", cell)}
-    assert explained == {key for record in records for key in record} - {"step"} | {"val_lpips"}
+    looked = CollapseMonitor.look(images(), images(), images(), lambda z: z).keys()         # every ten steps
+    assert explained == {key for record in records for key in record} - {"step"} | {"val_lpips", "signs", *looked}
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     assert checkpoint.keys() >= {"state_dict", "config", "step", "scaling_factor", "training"} and checkpoint["step"] == 8
     AutoencoderKL(ch=8, ch_mult=(1, 2), num_res_blocks=1).load_state_dict(checkpoint["state_dict"])

@@ -497,10 +497,13 @@ class CollapseError(AssertionError):
     last 200 steps, {sign: [[step, value], ...]}. Needs: nothing.
     """
     def __init__(self, step, sign, value, threshold, meaning, cause, remedy, history):
-        super().__init__(f"collapse at step {step}: {sign}: {meaning}\n  likely cause: {cause}\n"
-                         f"  remedy: {remedy}")
+        super().__init__(step, sign, value, threshold, meaning, cause, remedy, history)     # so that it pickles
         self.step, self.sign, self.value, self.threshold = step, sign, value, threshold
         self.meaning, self.cause, self.remedy, self.history = meaning, cause, remedy, history
+
+    def __str__(self):
+        return (f"collapse at step {self.step}: {self.sign}: {self.meaning}\n  likely cause: {self.cause}\n"
+                f"  remedy: {self.remedy}")
 
 
 class CollapseMonitor:
@@ -984,16 +987,18 @@ class Trainer:
     def restore(self, path):
         """Continue from a checkpoint -> the flags that changed, as text. UsageError if the model did."""
         checkpoint = load(path)
-        was, now, changes = checkpoint["config"], asdict(self.cfg), ""
+        was, now, changes, same_losses = checkpoint["config"], asdict(self.cfg), "", True
         for f in fields(self.cfg):
             old, new, flag = was.get(f.name), now[f.name], "--" + f.name.replace("_", "-")
             if old != new and f.metadata["group"] == "model":
                 raise UsageError(f"{flag} {new}: {path} was trained with {old}; take that or another --out")
             if old != new and f.name not in ("out", "resume"):
                 changes += f"; {flag} {old} -> {new}"
+                same_losses &= f.metadata["group"] not in ("data", "losses")
         for name, part in self.parts.items():
-            if checkpoint["training"].get(name):                # the scaler's is empty without fp16
-                part.load_state_dict(checkpoint["training"][name])
+            state = checkpoint["training"].get(name)            # the scaler's is empty without fp16
+            if state and (same_losses or part is not self.monitor):     # which compares with before
+                part.load_state_dict(state)
         if self.ema:
             self.average.load_state_dict(checkpoint["state_dict"])
             self.ema.n_averaged.fill_(checkpoint["step"])
