@@ -497,7 +497,7 @@ class CollapseError(AssertionError):
     last 200 steps, {sign: [[step, value], ...]}. Needs: nothing.
     """
     def __init__(self, step, sign, value, threshold, meaning, cause, remedy, history):
-        super().__init__(step, sign, value, threshold, meaning, cause, remedy, history)     # so that it pickles
+        super().__init__(step, sign, value, threshold, meaning, cause, remedy, history)     # for pickle
         self.step, self.sign, self.value, self.threshold = step, sign, value, threshold
         self.meaning, self.cause, self.remedy, self.history = meaning, cause, remedy, history
 
@@ -517,28 +517,30 @@ class CollapseMonitor:
             monitor.assert_healthy(step, terms)                 # raises CollapseError
 
     A sign is up while its value exceeds its limit, the keyword argument of its name. m20: the median of the
-    last 20 steps; looks: the median of the last 3 looks. Signs whose terms are not fed are never up.
+    last 20 steps, all of which must be fed; looks: of the last 3 looks, all within 200 steps. A sign whose
+    terms are not fed is never up.
 
     cause   domination    m10 of grad_ratio, w·‖∇adv‖/‖∇rec‖ at the last layer
             spike         of log grad_norm_dec: (m10 - median)/(1.4826·MAD, at least 0.2), both of the m10 at
-                          the last 200 steps without this sign
+                          the last 200 steps, but for the first 200 that this sign is up
             kl_fall       peak of the m20 of kl_dim (nats a latent dimension), within 0.03 and 1, over m20
             same_data     peak of the looks of x's spread over a batch, over looks
     damage  rebound       dB by which the last 20 steps are above the best 50 in a row, less two standard
-                          errors: the smaller of 10·log10 l2 and 20·log10 rec_loss (texture may cost PSNR)
+                          errors; the best is forgotten by 1 dB in 2000 steps. The smaller of 10·log10 l2 and
+                          20·log10 rec_loss: texture may cost PSNR
             z_ignored     looks of the error with an image's own z over that with another one's
             noise         looks of 1 - correlation of x̂ with x
     other   uniform       looks of x's spread over a batch, over x̂'s
             saturation    looks of the share of |x̂| > 1, less that of |x| > 1
             ringing       looks of the energy above half of Nyquist, x̂ over x
             checkerboard  looks of the energy of the differences of differences of neighbours, x̂ over x
-            expansion     looks of ‖G(z + δ) - G(z)‖/‖δ‖ over their median while this sign was not up
+            expansion     looks of ‖G(z + δ) - G(z)‖/‖δ‖ over their usual, taken as for spike
             d_won         m20 of d_acc or of half of logits_real - logits_fake, whichever is smaller
             d_died        peak of the m20 of grad_norm_disc over m20, where d_acc is within 0.05 of ½
 
-    Collapsed: a sign of damage is up for `patience` steps, or together with one of a cause, or a term is not
-    finite. Signs in the picture need a picture: they count once its correlation has been over ½, or after
-    `grace` steps, or beside a cause. Needs: CollapseError, high_frequency_energy.
+    Collapsed: a sign of damage is up for `patience` steps, or within 50 steps of one of a cause, or a term is
+    not finite. Signs in the picture need a picture: they count once its correlation has been over ½, or
+    after `grace` steps, or beside a cause other than spike. Needs: CollapseError, high_frequency_energy.
     """
     CAUSE, DAMAGE = ("same_data", "domination", "kl_fall", "spike"), ("rebound", "z_ignored", "noise")
     PICTURE = ("z_ignored", "noise", "uniform", "ringing", "checkerboard")
@@ -564,7 +566,7 @@ class CollapseMonitor:
 
     def __init__(self, *, domination=3.0, spike=5.0, kl_fall=10.0, same_data=20.0, rebound=2.0,
                  z_ignored=0.95, noise=0.75, uniform=4.0, saturation=0.1, ringing=2.0, checkerboard=3.0,
-                 expansion=5.0, d_won=0.98, d_died=1000.0, patience=20, grace=500):
+                 expansion=5.0, d_won=0.98, d_died=1000.0, patience=20, grace=1000):
         self.limits = dict(
             domination=domination, spike=spike, kl_fall=kl_fall, same_data=same_data, rebound=rebound,
             z_ignored=z_ignored, noise=noise, uniform=uniform, saturation=saturation, ringing=ringing,
@@ -580,20 +582,22 @@ class CollapseMonitor:
     def look(x, x_hat, z=None, decode=None):
         """Measure images and their reconstructions, (B, 3, H, W) -> {term: 0-d tensor}, without a sync.
 
-        With B > 1: whether x̂ depends on z. With z, (b, C, h, w), and its decoder: how steep that is.
+        With B > 1: whether x̂ depends on z. With z, (b, C, h, w), and its decoder: how steep that is. Where
+        images are flat or alike, small constants, as in SSIM, keep that from being a sign.
         """
         x, x_hat = x.float(), x_hat.float()
-        small, small_hat = (F.adaptive_avg_pool2d(images, 16) for images in (x, x_hat))     # (B, 3, 16, 16)
+        small, small_hat = (F.avg_pool2d(images, min(x.shape[-2:]) // 16 or 1) for images in (x, x_hat))
         a, b = (images - images.mean(dim=(0, 2, 3), keepdim=True) for images in (x, x_hat))
         over = lambda measure: measure(x_hat) / measure(x).clamp(min=1e-12)
+        var, var_hat, flat = a.pow(2).mean(), b.pow(2).mean(), 1e-3         # 1 where x is flat: var « flat
         terms = dict(
-            corr=(a * b).mean() / (a.pow(2).mean() * b.pow(2).mean()).sqrt().clamp(min=1e-12),
+            corr=((a * b).mean() * var / (var * var_hat).sqrt().clamp(min=1e-12) + flat) / (var + flat),
             saturation=(x_hat.abs() > 1).float().mean() - (x.abs() > 1).float().mean(),
             high_freq=over(lambda images: high_frequency_energy(images).mean()),
             checkerboard=over(lambda images: images.diff(dim=2).diff(dim=3).pow(2).mean()))
         if len(x) > 1:
             own, other = ((small - images).abs().mean() for images in (small_hat, small_hat.roll(1, 0)))
-            terms |= dict(other_z=other / own.clamp(min=1e-12), spread=small.std(0).mean(),
+            terms |= dict(other_z=(other + 0.002) / (own + 0.001), spread=small.std(0).mean(),
                           spread_hat=small_hat.std(0).mean())
         if z is not None:
             noise = torch.randn(z.shape, generator=torch.Generator(z.device).manual_seed(0), device=z.device)
@@ -616,12 +620,13 @@ class CollapseMonitor:
             every = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
             return CollapseError(step, "non_finite", None, None, f"{', '.join(broken)} not finite",
                                  f"an overflow; all terms: {every}", "a smaller --lr, --precision fp32",
-                                 self.history)
+                                 copy.deepcopy(self.history))
         self.remember(self.terms, terms)
         values = {sign: value for sign, value in self.measure().items() if not math.isnan(value)}
         self.remember(self.history, values)
         for sign in self.CAUSE:                                 # up for 50 steps more: the damage comes later
-            values[sign] = max((value for _, value in self.history.get(sign, [])[-50:]), default=0.0)
+            recent = [value for at, value in self.history.get(sign, ()) if at > step - 50]
+            values[sign] = max(recent, default=0.0)
         up = [sign for sign, value in values.items() if value > self.limits[sign]]
         causes = [sign for sign in up if sign in self.CAUSE]
         if not (self.best["corr"] > 0.5 or step - self.first >= self.grace or set(causes) - {"spike"}):
@@ -633,7 +638,7 @@ class CollapseMonitor:
         sign, cause = damage[0], min(causes or damage, key=(self.CAUSE + self.DAMAGE).index)
         known = self.describe(cause) if causes else "none of the known ones; a large --lr, or other images?"
         return CollapseError(step, sign, values[sign], self.limits[sign], self.describe(sign), known,
-                             self.MEANING[cause][1], self.history)
+                             self.MEANING[cause][1], copy.deepcopy(self.history))
 
     def describe(self, sign):
         """A sign that is up, in words, with its highest value."""
@@ -665,7 +670,7 @@ class CollapseMonitor:
             uniform=looks("spread") / max(looks("spread_hat"), 1e-12), saturation=looks("saturation"),
             ringing=looks("high_freq"), checkerboard=looks("checkerboard"),
             expansion=steep / max(self.usual("expansion", steep, least=1)[0], 1e-12),
-            d_won=min(acc, (m20("logits_real") - m20("logits_fake")) / 2),
+            d_won=min((m20("logits_real") - m20("logits_fake")) / 2, acc),      # nan if the first one is
             d_died=died if abs(acc - 0.5) < 0.05 else 0.0)
 
     def median(self, term, n, steps=0):
@@ -674,12 +679,13 @@ class CollapseMonitor:
         return sorted(values)[n // 2] if len(values) == n else math.nan
 
     def usual(self, sign, now, least):
-        """-> median and MAD of the last 200 values of `now` without the sign; nan if fewer than `least`."""
+        """-> median and MAD of the last 200 values of `now`; nan if there are fewer than `least`."""
         values, middle, mad = self.baseline.setdefault(sign, []), math.nan, math.nan
         if len(values) >= least:
             middle = sorted(values)[len(values) // 2]
             mad = sorted(abs(value - middle) for value in values)[len(values) // 2]
-        if now == now and sign not in self.since:               # not nan
+        up_for = self.step - self.since.get(sign, self.step)
+        if now == now and not 0 < up_for <= 200:                # not nan; what lasts becomes usual
             values.append(now)
             del values[:-200]
         return middle, mad
@@ -695,7 +701,7 @@ class CollapseMonitor:
         if len(last) < 50:
             return math.nan
         mean = sum(last) / 50
-        self.best[term] = min(self.best.get(term, math.inf), mean)
+        self.best[term] = min(self.best.get(term, math.inf) + 1 / 2000, mean)
         error = math.sqrt(sum((value - mean) ** 2 for value in last) / 49 / 20)
         return sum(last[-20:]) / 20 - self.best[term] - 2 * error
 
@@ -920,7 +926,7 @@ class Trainer:
         window = max(cfg.steps // 20, 10)                       # a plateau is one at the scale of the run,
         self.warm_up = WarmUp(cfg.disc_start, cfg.disc_lead, cfg.disc_ramp, window,
                               most=cfg.steps // 2)              # and the GAN gets half of it at least
-        self.monitor = CollapseMonitor()
+        self.monitor = CollapseMonitor(grace=1000 + cfg.lr_warmup)
         self.precision = cfg.precision
         if cfg.precision == "auto":
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -987,18 +993,22 @@ class Trainer:
     def restore(self, path):
         """Continue from a checkpoint -> the flags that changed, as text. UsageError if the model did."""
         checkpoint = load(path)
-        was, now, changes, same_losses = checkpoint["config"], asdict(self.cfg), "", True
+        was, now, changes, changed = checkpoint["config"], asdict(self.cfg), "", set()
         for f in fields(self.cfg):
             old, new, flag = was.get(f.name), now[f.name], "--" + f.name.replace("_", "-")
             if old != new and f.metadata["group"] == "model":
                 raise UsageError(f"{flag} {new}: {path} was trained with {old}; take that or another --out")
             if old != new and f.name not in ("out", "resume"):
                 changes += f"; {flag} {old} -> {new}"
-                same_losses &= f.metadata["group"] not in ("data", "losses")
+                changed |= {f.name, f.metadata["group"]}
         for name, part in self.parts.items():
             state = checkpoint["training"].get(name)            # the scaler's is empty without fp16
-            if state and (same_losses or part is not self.monitor):     # which compares with before
+            if state:
                 part.load_state_dict(state)
+        if changed & {"data", "val", "image_size", "pixel_loss", "perceptual_weight", "perceptual_net"}:
+            self.monitor = self.parts["monitor"] = CollapseMonitor(grace=self.monitor.grace)    # all is new
+        if changed & {"losses", "warm-up"}:
+            self.warm_up.restarts = 0                           # a new try
         if self.ema:
             self.average.load_state_dict(checkpoint["state_dict"])
             self.ema.n_averaged.fill_(checkpoint["step"])
@@ -1026,11 +1036,12 @@ def train(cfg):
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
     say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
         f"M; {len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
-    if cfg.resume and (out / "last.pt").exists():
+    anew = not (cfg.resume and (out / "last.pt").exists())
+    if not anew:
         changes = trainer.restore(out / "last.pt")
         say(f"{out}: continues after step {trainer.step} of {cfg.steps}{changes}")
     if rank == 0:
-        open_folder(out, trainer)
+        open_folder(out, trainer, anew)
     few = torch.utils.data.Subset(val_set, range(0, len(val_set), -(-len(val_set) // 256)))     # 256 at most
     shown = to_model(torch.stack([few[i] for i in range(min(8, len(few)))]), device)
     with tqdm(total=cfg.steps, initial=trainer.step, disable=rank > 0, dynamic_ncols=True) as bar:
@@ -1041,8 +1052,8 @@ def train(cfg):
 
 def loop(trainer, train_set, few, shown, out, say, bar):
     """Update until cfg.steps: watch, log, measure, save; stop or roll back. Needs: all of the file."""
-    cfg, monitor, warm_up = trainer.cfg, trainer.monitor, trainer.warm_up
-    images, rows, seen, event, clock = batches(trainer, train_set), [], [], {}, time.perf_counter()
+    cfg, warm_up = trainer.cfg, trainer.warm_up
+    images, rows, seen, events, clock = batches(trainer, train_set), [], [], [], time.perf_counter()
     unproven, warned = None, set()                              # the step of a last.pt not yet proven healthy
 
     while trainer.step < cfg.steps:
@@ -1050,52 +1061,56 @@ def loop(trainer, train_set, few, shown, out, say, bar):
         rows += [(step + 1, terms) for terms in trainer.update(step, images)]
         done = trainer.step
         bar.update()
+        comes_on = False
         if cfg.disc_weight:
             if warm_up.start is None:
                 warm_up.observe(average_over_ranks(rows[-1][1]["rec_loss"].clone()), step)
             if warm_up.start == done:
-                event = dict(event=f"step {done}: the warm-up is over: {warm_up.reason}")
-                say(event["event"])
+                events.append(f"step {done}: the warm-up is over: {warm_up.reason}")
+                say(events[-1])
+            comes_on = warm_up.start is not None and done == warm_up.start + warm_up.lead   # at the next step
         to_log, to_sample, to_save, to_check = (
             done % every == 0 or done == cfg.steps
             for every in (cfg.log_every, cfg.sample_every, cfg.save_every, 10))
-        comes_on = warm_up.start is not None and done == warm_up.start + warm_up.lead       # the GAN, next
         to_save |= comes_on
         if not (to_log or to_sample or to_save or to_check):
             continue
 
         fresh = read(rows, scaled=trainer.scaler.is_enabled() and trainer.scaler.get_scale() >= 1)
-        rows, error = [], None
+        rows, error, monitor = [], None, trainer.monitor
         for at, terms in fresh.items():
             found = monitor.observe(at, terms)
-            error = error or found
+            error = found if found and found.sign == "non_finite" else error or found
         for sign in monitor.since.keys() - warned:
             if done - monitor.since[sign] >= monitor.patience:
                 say(f"step {done}: {sign}: {monitor.describe(sign)}")
                 warned.add(sign)
         seen += fresh.values()
         if error and (cfg.on_collapse != "warn" or error.sign == "non_finite"):
-            event = dict(event=collapse(error, trainer, out, shown, say))   # raises it, or rolls back
-            images, seen, unproven, clock = batches(trainer, train_set), [], None, time.perf_counter()
-            bar.n = trainer.step
+            events.append(collapse(error, trainer, out, shown[:4], say))        # raises it, or rolls back
+            images, seen, unproven, warned = batches(trainer, train_set), [], None, set()
+            bar.n, clock = trainer.step, time.perf_counter()
             continue
         if error and "collapse" not in warned:
             say(f"warning: {error}")
             warned.add("collapse")
-        alarm = monitor.since.keys() & {*monitor.CAUSE, *monitor.DAMAGE}
+        alarm = [sign for sign, since in monitor.since.items()  # what has been so for long is no alarm
+                 if sign in monitor.DAMAGE or sign in monitor.CAUSE and done - since < 200]
         if alarm:
             unproven = None
-        elif unproven is not None and done - unproven >= min(50, cfg.save_every):
+        else:
+            warned.discard("collapse")
+        if unproven is not None and done - unproven >= min(50, cfg.save_every):
             second_name(out / "last.pt", out / "healthy.pt")
             unproven = None
         if not (to_log or to_sample or to_save):
             continue
 
-        record = dict(step=done, **event, **average(seen), lr=trainer.optimiser.param_groups[0]["lr"],
+        record = dict(step=done, **average(seen), lr=trainer.optimiser.param_groups[0]["lr"],
                       images_per_s=len(seen) * cfg.accumulate * trainer.world * cfg.batch_size
                       / (time.perf_counter() - clock))
-        if monitor.since:
-            record["signs"] = ", ".join(monitor.since)
+        texts = dict(event="; ".join(events), signs=", ".join(monitor.since))
+        record |= {name: text for name, text in texts.items() if text}
         shorts = dict(l1="L1", lpips="LPIPS", kl_dim="KL", d_acc="D acc", grad_ratio="∇adv/∇rec")
         bar.set_postfix({shorts[key]: f"{record[key]:.3g}" for key in shorts if record.get(key)})
         if trainer.rank == 0:
@@ -1106,10 +1121,11 @@ def loop(trainer, train_set, few, shown, out, say, bar):
                 unproven = done
                 if (comes_on or done == cfg.steps) and not alarm:
                     second_name(out / "last.pt", out / "healthy.pt")
+                    unproven = None
             with open(out / "log.jsonl", "a") as log:
                 record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
                 log.write(json.dumps(record) + "\n")
-        seen, event, clock = [], {}, time.perf_counter()
+        seen, events, clock = [], [], time.perf_counter()
 
 
 def validate(trainer, few, shown, out):
@@ -1126,33 +1142,41 @@ def validate(trainer, few, shown, out):
     return {f"val_{key}": measured[key] for key in ("psnr", "ssim", "lpips", "sharpness") if key in measured}
 
 
+@torch.no_grad()
 def collapse(error, trainer, out, shown, say):
-    """Save what shows a collapse; go back to healthy.pt -> what happened, or raise the error."""
-    rank_0, restarts = trainer.rank == 0, trainer.warm_up.restarts
+    """Save what shows a collapse; go back to healthy.pt -> what happened, or raise the error.
+
+    Needs: all of the file.
+    """
+    rank_0, restarts = trainer.rank == 0, trainer.warm_up.restarts + 1
+    gives_up = trainer.cfg.on_collapse != "rollback" or restarts > 3 or trainer.cfg.disc_weight == 0
+    wait = lambda: average_over_ranks(torch.zeros((), device=trainer.device)).item()
     if rank_0:
-        healthy = autoencoder(trainer.cfg).to(trainer.device)
-        checkpoint = load(out / "healthy.pt")
-        healthy.load_state_dict(checkpoint["training"]["vae"])
-        rows = {"image": shown, f"healthy, step {checkpoint['step']}": healthy(shown, sample=False)[0],
-                f"now, step {trainer.step}": trainer.vae(shown, sample=False)[0]}
-        save_collapse(error, trainer.monitor, rows, out)
-    if trainer.cfg.on_collapse != "rollback" or restarts == 3:
-        if rank_0:
+        checkpoint, healthy = load(out / "healthy.pt"), autoencoder(trainer.cfg).to(trainer.device)
+        if gives_up:
             second_name(out / "healthy.pt", out / "last.pt")
-            say(f"{out}: collapse.png and collapse.json show it; the same command, better with other flags, "
-                f"goes on from the last healthy save, step {checkpoint['step']}")
+        say(f"{out}: collapse.png and collapse.json show it; the same command, better with other flags, goes "
+            f"on from the last healthy save, of step {checkpoint['step']}")
+        try:
+            healthy.load_state_dict(checkpoint["training"]["vae"])
+            rows = {"image": shown, f"healthy, step {checkpoint['step']}": healthy(shown, sample=False)[0],
+                    f"now, step {trainer.step}": trainer.vae(shown, sample=False)[0]}
+            save_collapse(error, trainer.monitor, rows, out)
+        except Exception as problem:                            # no picture is worth a run
+            say(f"{out}: collapse.png or collapse.json could not be made: {problem}")
+    wait()                                                      # or torchrun ends rank 0 while it writes
+    if gives_up:
         raise error
-    average_over_ranks(torch.zeros((), device=trainer.device))  # nobody reads before all is written,
     best = trainer.best
     trainer.roll_back(out / "healthy.pt")
     trainer.best = best                                         # best.pt is still there
-    average_over_ranks(torch.zeros((), device=trainer.device))  # nobody writes before all have read
+    wait()                                                      # or rank 0 writes what others read
     if rank_0:
         trainer.save(out / "last.pt")
         second_name(out / "last.pt", out / "healthy.pt")
         keep_records(out, trainer.step)
-    event = (f"rollback {restarts + 1} from step {error.step} ({error.sign}) to step {trainer.step}: no GAN "
-             f"until the next plateau, then {trainer.warm_up.top:g} of its weight")
+    event = (f"rollback {restarts} from step {error.step} ({error.sign}) to {trainer.step}: no GAN until the "
+             f"next plateau, then {trainer.warm_up.top:g} of its weight")
     say(f"{error}\n{event}")
     return event
 
@@ -1221,6 +1245,7 @@ def write_whole(path, write):
     beside.unlink(missing_ok=True)
     write(beside)
     os.replace(beside, path)
+    beside.unlink(missing_ok=True)                              # where it was `path` itself already
 
 
 def second_name(path, name):
@@ -1233,11 +1258,10 @@ def second_name(path, name):
     write_whole(name, link)
 
 
-def open_folder(out, trainer):
+def open_folder(out, trainer, anew):
     """Make the run's folder, or ready it for going on. Needs: make_folder, keep_records, write_whole."""
     make_folder("--out", out / "samples")
-    stale = ("last.pt", "best.pt", "healthy.pt", "collapse.json", "collapse.png") if trainer.step == 0 else ()
-    for old in stale:
+    for old in ("last.pt", "best.pt", "healthy.pt", "collapse.json", "collapse.png") if anew else ():
         (out / old).unlink(missing_ok=True)
     keep_records(out, trainer.step)
     config = json.dumps(asdict(trainer.cfg), indent=1) + "\n"
