@@ -1338,6 +1338,8 @@ def save_collapse(error, monitor, rows, out):
         line = dict(linewidth=2, label=sign) if sign in monitor.since else dict(linewidth=0.7, color="silver")
         right.plot(steps, [min(max(value, 0.1), 100) for value in values], **line)
     right.set(yscale="log", ylim=(0.1, None), xlabel="step", ylabel="sign / its limit (grey: below it)")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("")
     right.legend(loc="upper left")
     figure.suptitle(str(error), ha="left", x=0.01)
     write_whole(out / "collapse.png", functools.partial(figure.savefig, format="png", dpi=80))
