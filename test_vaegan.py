@@ -1645,12 +1645,19 @@ def test_runs_of_another_preset_or_data_get_a_folder_of_their_own():
 # --- the README
 
 
+def test_the_readmes_table_of_signs_has_the_monitors_signs_limits_and_kinds():
+    section = (HERE / "README.md").read_text(encoding="utf8").split("### The signs, and the rule")[1].split("\n### ")[0]
+    rows = {sign: (kind.strip(" *"), float(limit)) for sign, kind, limit in re.findall(r"^\| `(\w+)` \|([^|]*)\|[^|]*\| (\S+) \|", section, re.M)}
+    kinds = {**dict.fromkeys(CollapseMonitor.CAUSE, "cause"), **dict.fromkeys(CollapseMonitor.DAMAGE, "damage")}
+    assert rows == {sign: (kinds.get(sign, ""), limit) for sign, limit in CollapseMonitor().limits.items()}
+
+
 def test_every_flag_in_the_readme_exists():
     readme = (HERE / "README.md").read_text(encoding="utf8")
     source = definitions()[0]
     for flag in set(re.findall(r"`?vaegan.py [^\n`]*", readme)):
         for name in re.findall(r"--([a-z0-9-]+)", flag):
-            assert f"\"--{name}\"" in source or name.replace("-", "_") in {*Config.__dataclass_fields__, "help"}, name
+            assert f"\"--{name}\"" in source or name.removeprefix("no-").replace("-", "_") in {*Config.__dataclass_fields__, "help"}, name
 
 
 # --- python test_vaegan.py bench: wall time of the textbook step over that of vaegan.py, same weights and images

@@ -561,7 +561,7 @@ class CollapseMonitor:
         ringing=("{:.3g} times the images' high frequencies", "a smaller --disc-weight"),
         checkerboard=("{:.3g} times the images' checkerboard", "a smaller --disc-weight"),
         expansion=("the decoder is {:.3g} times as steep as it was", "a larger --kl-weight"),
-        d_won=("D is right by a margin nearly everywhere ({:.3g})", "with --adaptive, nothing; else --r1 10"),
+        d_won=("D is right by a margin nearly everywhere ({:.3g})", "nothing, with --adaptive; else --r1 10"),
         d_died=("D is at chance, its gradient {:.3g} times below its peak", "another --lr-disc"))
 
     def __init__(self, *, domination=3.0, spike=5.0, kl_fall=10.0, same_data=20.0, rebound=2.0,
@@ -1083,7 +1083,7 @@ def loop(trainer, train_set, few, shown, out, say, bar):
             error = found if found and found.sign == "non_finite" else error or found
         for sign in monitor.since.keys() - warned:
             if done - monitor.since[sign] >= monitor.patience:
-                say(f"step {done}: {sign}: {monitor.describe(sign)}")
+                say(f"step {done}: {sign}: {monitor.describe(sign)}; to do: {monitor.MEANING[sign][1]}")
                 warned.add(sign)
         seen += fresh.values()
         if error and (cfg.on_collapse != "warn" or error.sign == "non_finite"):
