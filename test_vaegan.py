@@ -562,6 +562,13 @@ def test_windows_have_no_gaps_and_looks_grow_old():
     assert math.isnan(monitor.median("grad_ratio", 10))
 
 
+def test_half_the_window_sees_the_same_sooner():
+    first = lambda **settings: watch((300, {}), (50, WRONG["rebound"] | WRONG["domination"]), monitor=CollapseMonitor(**settings))[1].step
+    assert first(window=10) < first() < first(domination=7.0) and first(patience=5, domination=7.0) < first(domination=7.0)
+    monitor = watch((300, {}), monitor=CollapseMonitor(window=10, looks=1, memory=50))[0]
+    assert len(monitor.baseline["spike"]) == 50 == len(monitor.history["rebound"]) and len(monitor.terms["l2"]) == 50
+
+
 def test_what_lasts_becomes_usual_and_no_baseline_grows_for_ever():
     monitor = watch((400, {}))[0]
     assert len(monitor.baseline["spike"]) == 200

@@ -517,8 +517,8 @@ class CollapseMonitor:
             monitor.assert_healthy(step, terms)                 # raises CollapseError
 
     A sign is up while its value exceeds its limit, the keyword argument of its name. m20: the median of the
-    last 20 steps, all of which must be fed; looks: of the last 3 looks, all within 200 steps. A sign whose
-    terms are not fed is never up.
+    last 20 steps (`window`; m10: of half as many), all of which must be fed; looks: of the last 3 looks
+    (`looks`) within 200 steps (`memory`). A sign whose terms are not fed is never up.
 
     cause   domination    m10 of grad_ratio, w·‖∇adv‖/‖∇rec‖ at the last layer
             spike         of log grad_norm_dec: (m10 - median)/(1.4826·MAD, at least 0.2), both of the m10 at
@@ -566,14 +566,16 @@ class CollapseMonitor:
 
     def __init__(self, *, domination=3.0, spike=5.0, kl_fall=10.0, same_data=20.0, rebound=2.0,
                  z_ignored=0.95, noise=0.75, uniform=4.0, saturation=0.1, ringing=2.0, checkerboard=3.0,
-                 expansion=5.0, d_won=0.98, d_died=1000.0, patience=20, grace=1000):
+                 expansion=5.0, d_won=0.98, d_died=1000.0, window=20, looks=3, memory=200,
+                 patience=20, grace=1000):
         self.limits = dict(
             domination=domination, spike=spike, kl_fall=kl_fall, same_data=same_data, rebound=rebound,
             z_ignored=z_ignored, noise=noise, uniform=uniform, saturation=saturation, ringing=ringing,
             checkerboard=checkerboard, expansion=expansion, d_won=d_won, d_died=d_died)
+        self.window, self.looks, self.memory = window, looks, memory
         self.patience, self.grace = patience, grace
         self.first = self.step = None           # the first and the last step that were fed
-        self.terms, self.history = {}, {}       # {term or sign: [[step, value], ...]} of the last 200 steps
+        self.terms, self.history = {}, {}       # {term or sign: [[step, value], ...]}, recent ones
         self.baseline, self.best = {}, {}       # {sign: values while it was not up}, {term: its extreme}
         self.since = {}                         # {sign that is up: since which step}
 
@@ -624,8 +626,8 @@ class CollapseMonitor:
         self.remember(self.terms, terms)
         values = {sign: value for sign, value in self.measure().items() if not math.isnan(value)}
         self.remember(self.history, values)
-        for sign in self.CAUSE:                                 # up for 50 steps more: the damage comes later
-            recent = [value for at, value in self.history.get(sign, ()) if at > step - 50]
+        for sign in self.CAUSE:                                 # up 50 steps longer: the damage comes later
+            recent = [value for at, value in self.history.get(sign, ()) if at > step - 5 * self.window / 2]
             values[sign] = max(recent, default=0.0)
         up = [sign for sign, value in values.items() if value > self.limits[sign]]
         causes = [sign for sign in up if sign in self.CAUSE]
@@ -642,27 +644,29 @@ class CollapseMonitor:
 
     def describe(self, sign):
         """A sign that is up, in words, with its highest value."""
-        value, since = max(value for _, value in self.history[sign][-50:]), self.since[sign]
-        return f"{self.MEANING[sign][0].format(value)} (limit {self.limits[sign]:g}), since step {since}"
+        value = max(value for at, value in self.history[sign] if at > self.step - 5 * self.window / 2)
+        return (f"{self.MEANING[sign][0].format(value)} (limit {self.limits[sign]:g}), "
+                f"since step {self.since[sign]}")
 
     def remember(self, series, values):
-        """Append this step's {name: value} to {name: [[step, value], ...]}; drop what is 200 steps old."""
+        """Append this step's {name: value} to {name: [[step, value], ...]}; drop what is too old."""
         for name, value in values.items():
             series.setdefault(name, []).append([self.step, value])
         for name in series:
-            while series[name] and series[name][0][0] <= self.step - 200:
+            while series[name] and series[name][0][0] <= self.step - self.memory:
                 del series[name][0]
 
     def measure(self):
         """The value of each sign, as the formulas above say; nan where too little has been seen."""
-        m20, looks = functools.partial(self.median, n=20), functools.partial(self.median, n=3, steps=200)
-        norm, steep = math.log(max(self.median("grad_norm_dec", 10), 1e-12)), looks("lipschitz")
+        m20, m10 = (functools.partial(self.median, n=self.window // half) for half in (1, 2))
+        looks = functools.partial(self.median, n=self.looks, steps=self.memory)
+        norm, steep = math.log(max(m10("grad_norm_dec"), 1e-12)), looks("lipschitz")
         usual_norm, mad = self.usual("spike", norm, least=50)
         acc, died = m20("d_acc"), self.fall("grad_norm_disc", m20("grad_norm_disc"))
         corr = looks("corr")
         self.best["corr"] = max(self.best.get("corr", 0.0), corr)
         return dict(
-            domination=self.median("grad_ratio", 10), spike=(norm - usual_norm) / max(1.4826 * mad, 0.2),
+            domination=m10("grad_ratio"), spike=(norm - usual_norm) / max(1.4826 * mad, 0.2),
             kl_fall=self.fall("kl_dim", m20("kl_dim"), least=0.03, most=1.0),
             rebound=min(self.rise("l2", 10), self.rise("rec_loss", 20)),
             z_ignored=1 / max(looks("other_z"), 1e-12), noise=1 - corr,
@@ -679,15 +683,15 @@ class CollapseMonitor:
         return sorted(values)[n // 2] if len(values) == n else math.nan
 
     def usual(self, sign, now, least):
-        """-> median and MAD of the last 200 values of `now`; nan if there are fewer than `least`."""
+        """-> median and MAD of the remembered values of `now`; nan if there are fewer than `least`."""
         values, middle, mad = self.baseline.setdefault(sign, []), math.nan, math.nan
         if len(values) >= least:
             middle = sorted(values)[len(values) // 2]
             mad = sorted(abs(value - middle) for value in values)[len(values) // 2]
         up_for = self.step - self.since.get(sign, self.step)
-        if now == now and not 0 < up_for <= 200:                # not nan; what lasts becomes usual
+        if now == now and not 0 < up_for <= self.memory:                # not nan; what lasts becomes usual
             values.append(now)
-            del values[:-200]
+            del values[:-self.memory]
         return middle, mad
 
     def fall(self, term, now, least=0.0, most=math.inf):
@@ -697,17 +701,18 @@ class CollapseMonitor:
 
     def rise(self, term, factor):
         """dB of the last 20 steps over the lowest mean of 50 in a row, less two standard errors of 20."""
-        last = [factor * math.log10(max(value, 1e-12)) for step, value in self.terms.get(term, ())[-50:]]
-        if len(last) < 50:
+        short, long = self.window, 5 * self.window // 2
+        last = [factor * math.log10(max(value, 1e-12)) for _, value in self.terms.get(term, ())[-long:]]
+        if len(last) < long:
             return math.nan
-        mean = sum(last) / 50
+        mean = sum(last) / long
         self.best[term] = min(self.best.get(term, math.inf) + 1 / 2000, mean)
-        error = math.sqrt(sum((value - mean) ** 2 for value in last) / 49 / 20)
-        return sum(last[-20:]) / 20 - self.best[term] - 2 * error
+        error = math.sqrt(sum((value - mean) ** 2 for value in last) / (long - 1) / short)
+        return sum(last[-short:]) / short - self.best[term] - 2 * error
 
     def state_dict(self):
-        settings = ("limits", "patience", "grace")
-        return {name: value for name, value in vars(self).items() if name not in settings}
+        names = ("first", "step", "terms", "history", "baseline", "best", "since")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
         self.__dict__.update(copy.deepcopy(state))
@@ -1095,7 +1100,7 @@ def loop(trainer, train_set, few, shown, out, say, bar):
             say(f"warning: {error}")
             warned.add("collapse")
         alarm = [sign for sign, since in monitor.since.items()  # what has been so for long is no alarm
-                 if sign in monitor.DAMAGE or sign in monitor.CAUSE and done - since < 200]
+                 if sign in monitor.DAMAGE or sign in monitor.CAUSE and done - since < monitor.memory]
         if alarm:
             unproven = None
         else:
