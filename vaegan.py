@@ -1160,8 +1160,8 @@ def collapse(error, trainer, out, shown, say):
         checkpoint, healthy = load(out / "healthy.pt"), autoencoder(trainer.cfg).to(trainer.device)
         if gives_up:
             second_name(out / "healthy.pt", out / "last.pt")
-        say(f"{out}: collapse.png and collapse.json show it; the same command, better with other flags, goes "
-            f"on from the last healthy save, of step {checkpoint['step']}")
+            say(f"{out}: collapse.png and collapse.json show it; the same command, better with other flags, "
+                f"goes on from the last healthy save, of step {checkpoint['step']}")
         try:
             healthy.load_state_dict(checkpoint["training"]["vae"])
             rows = {"image": shown, f"healthy, step {checkpoint['step']}": healthy(shown, sample=False)[0],
