@@ -1283,7 +1283,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "WarmUp": "w = WarmUp(3, ramp=2); assert w.weight(4) == 0.5",
     "make_folder": "make_folder('--out', Path(folder) / 'made' / 'here')", "seed_of": "seed_of(1, 2)", "ImageFolder": "ImageFolder(folder, 32)[0]; ImageFolder(folder, 32, train=False)[0]",
     "DeadLeaves": "DeadLeaves(32)[0]", "to_model": "to_model(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 'cpu')",
-    "average_over_ranks": "average_over_ranks(torch.ones(2))",
+    "average_over_ranks": "average_over_ranks(torch.ones(2))", "meet": "meet('cpu')",
     "generator_step": "v = vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)); d = vaegan.PatchDiscriminator(ndf=4)\n"
                       "generator_step(v, d, torch.zeros(1, 3, 32, 32))",
     "discriminator_step": "d = vaegan.PatchDiscriminator(ndf=4)\n"

@@ -1051,6 +1051,7 @@ def train(cfg):
     shown = to_model(torch.stack([few[i] for i in range(min(8, len(few)))]), device)
     with tqdm(total=cfg.steps, initial=trainer.step, disable=rank > 0, dynamic_ncols=True) as bar:
         loop(trainer, train_set, few, shown, out, say, bar)
+    meet(device)                                                # rank 0 measures and saves last
     say(f"{out}: {max(trainer.step, cfg.steps)} steps done; a larger --steps goes on from here")
     return trainer
 
@@ -1155,7 +1156,6 @@ def collapse(error, trainer, out, shown, say):
     """
     rank_0, restarts = trainer.rank == 0, trainer.warm_up.restarts + 1
     gives_up = trainer.cfg.on_collapse != "rollback" or restarts > 3 or trainer.cfg.disc_weight == 0
-    wait = lambda: average_over_ranks(torch.zeros((), device=trainer.device)).item()
     if rank_0:
         checkpoint, healthy = load(out / "healthy.pt"), autoencoder(trainer.cfg).to(trainer.device)
         if gives_up:
@@ -1169,13 +1169,13 @@ def collapse(error, trainer, out, shown, say):
             save_collapse(error, trainer.monitor, rows, out)
         except Exception as problem:                            # no picture is worth a run
             say(f"{out}: collapse.png or collapse.json could not be made: {problem}")
-    wait()                                                      # or torchrun ends rank 0 while it writes
+    meet(trainer.device)                                        # or torchrun ends rank 0 while it writes
     if gives_up:
         raise error
     best = trainer.best
     trainer.roll_back(out / "healthy.pt")
     trainer.best = best                                         # best.pt is still there
-    wait()                                                      # or rank 0 writes what others read
+    meet(trainer.device)                                        # or rank 0 writes what others read
     if rank_0:
         trainer.save(out / "last.pt")
         second_name(out / "last.pt", out / "healthy.pt")
@@ -1205,6 +1205,11 @@ def average_over_ranks(tensor):
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def meet(device):
+    """Wait until all processes are here. Needs: average_over_ranks."""
+    average_over_ranks(torch.zeros((), device=device)).item()
 
 
 def launch(cfg):
