@@ -626,9 +626,7 @@ class CollapseMonitor:
         self.remember(self.terms, terms)
         values = {sign: value for sign, value in self.measure().items() if not math.isnan(value)}
         self.remember(self.history, values)
-        for sign in self.CAUSE:                                 # up 50 steps longer: the damage comes later
-            recent = [value for at, value in self.history.get(sign, ()) if at > step - 5 * self.window / 2]
-            values[sign] = max(recent, default=0.0)
+        values |= {sign: self.peak(sign) for sign in self.CAUSE}        # up longer: the damage comes later
         up = [sign for sign, value in values.items() if value > self.limits[sign]]
         causes = [sign for sign in up if sign in self.CAUSE]
         if not (self.best["corr"] > 0.5 or step - self.first >= self.grace or set(causes) - {"spike"}):
@@ -644,9 +642,13 @@ class CollapseMonitor:
 
     def describe(self, sign):
         """A sign that is up, in words, with its highest value."""
-        value = max(value for at, value in self.history[sign] if at > self.step - 5 * self.window / 2)
-        return (f"{self.MEANING[sign][0].format(value)} (limit {self.limits[sign]:g}), "
-                f"since step {self.since[sign]}")
+        meaning = self.MEANING[sign][0].format(self.peak(sign))
+        return f"{meaning} (limit {self.limits[sign]:g}), since step {self.since[sign]}"
+
+    def peak(self, sign):
+        """Its highest value of the last 50 steps."""
+        recent = [value for at, value in self.history.get(sign, ()) if at > self.step - 5 * self.window / 2]
+        return max(recent, default=0.0)
 
     def remember(self, series, values):
         """Append this step's {name: value} to {name: [[step, value], ...]}; drop what is too old."""
@@ -913,6 +915,8 @@ class Trainer:
 
     Each rank has one; they start equal (same seed) and stay equal (same gradients). Needs: all above.
     """
+    look_every = 10                                             # steps; the monitor is fed as often
+
     def __init__(self, cfg, device, rank=0, world=1):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.step, self.best, self.scaling_factor = 0, [0, -math.inf], None
@@ -966,7 +970,7 @@ class Trainer:
                 r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0     # lazy: Karras et al. 2020, §3.1
                 terms |= discriminator_step(self.parallel[1], x, x_hat, r1=r1, amp=self.amp,
                                             loss_scale=loss_scale)
-            if (step + 1) % 10 == 0:                            # the slope costs three forwards of an image
+            if (step + 1) % self.look_every == 0:               # the slope costs three forwards of an image
                 with torch.no_grad():
                     z = self.vae.encode(x[:1]).mode() if (step + 1) % 50 == 0 else None
                 terms |= self.monitor.look(x, x_hat, z, self.vae.decode)
@@ -1023,9 +1027,10 @@ class Trainer:
 
     def roll_back(self, path):
         """Continue from a checkpoint with the GAN off, later at half of the weight that it had now."""
-        restarts = self.warm_up.restarts + 1
+        restarts, best = self.warm_up.restarts + 1, self.best
         self.restore(path)
         self.warm_up.restart(self.step, restarts)
+        self.best = best                                        # best.pt is still there
 
 
 def train(cfg):
@@ -1077,7 +1082,7 @@ def loop(trainer, train_set, few, shown, out, say, bar):
             comes_on = warm_up.start is not None and done == warm_up.start + warm_up.lead   # at the next step
         to_log, to_sample, to_save, to_check = (
             done % every == 0 or done == cfg.steps
-            for every in (cfg.log_every, cfg.sample_every, cfg.save_every, 10))
+            for every in (cfg.log_every, cfg.sample_every, cfg.save_every, trainer.look_every))
         to_save |= comes_on
         if not (to_log or to_sample or to_save or to_check):
             continue
@@ -1172,9 +1177,7 @@ def collapse(error, trainer, out, shown, say):
     meet(trainer.device)                                        # or torchrun ends rank 0 while it writes
     if gives_up:
         raise error
-    best = trainer.best
     trainer.roll_back(out / "healthy.pt")
-    trainer.best = best                                         # best.pt is still there
     meet(trainer.device)                                        # or rank 0 writes what others read
     if rank_0:
         trainer.save(out / "last.pt")
