@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -18,6 +19,10 @@ import os
 import pickle
 import random
 import re
+import resource
+import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -431,7 +436,7 @@ def test_warm_up_continues_from_its_state():
         parts.load_state_dict(json.loads(json.dumps(state)))
     assert whole.start is not None and parts.state_dict() == whole.state_dict()
     shorter = WarmUp(window=5)                                                  # a smaller --steps on the way
-    shorter.load_state_dict(dict(start=None, reason="", flat=0, losses=[1.0] * 39))
+    shorter.load_state_dict(dict(start=None, reason="", flat=0, losses=[1.0] * 39, restarts=0, most=10))
     assert any(shorter.observe(1.0, step) for step in range(39, 60))
     asked = WarmUp(7)
     asked.load_state_dict(whole.state_dict())
@@ -948,6 +953,10 @@ def test_the_averaged_weights_follow_their_recursion_and_are_what_is_saved(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]            # nothing stays beside it
 
 
+def restore(trainer, path):
+    return trainer.restore(path, vaegan.load(path))
+
+
 def test_a_trainer_continues_from_its_checkpoint_exactly(tmp_path):
     flags, cpu = dict(ema=0.9, disc_start=2, disc_ramp=3), torch.device("cpu")
     whole, half, stream = Trainer(tiny_config(**flags), cpu), Trainer(tiny_config(**flags), cpu), batches()
@@ -955,7 +964,7 @@ def test_a_trainer_continues_from_its_checkpoint_exactly(tmp_path):
         half.update(step, iter(stream[step:]))
     half.save(tmp_path / "last.pt")
     rest = Trainer(tiny_config(**flags, seed=0, steps=30, precision="fp32"), cpu)
-    changes = rest.restore(tmp_path / "last.pt")
+    changes = restore(rest, tmp_path / "last.pt")
     assert rest.step == 3 and "--steps 20 -> 30" in changes and "--lr " not in changes
     for step in range(5):
         whole.update(step, iter(stream[step:]))
@@ -972,14 +981,14 @@ def test_the_monitor_forgets_what_it_knew_of_other_data_or_losses(tmp_path):
     trainer.save(tmp_path / "last.pt")
     for flags, known in (dict(lr=1e-4, disc_weight=0.1), True), (dict(pixel_loss="l2"), False), (dict(image_size=64), False):
         other = Trainer(tiny_config(**flags), torch.device("cpu"))
-        other.restore(tmp_path / "last.pt")
+        restore(other, tmp_path / "last.pt")
         assert (other.monitor.step == 1) == known and other.parts["monitor"] is other.monitor
 
 
 def test_a_run_in_fp32_continues_in_fp16(tmp_path):
     trainer, other = (Trainer(tiny_config(precision=p), torch.device("cpu")) for p in ("fp32", "fp16"))
     trainer.save(tmp_path / "last.pt")
-    assert "--precision fp32 -> fp16" in other.restore(tmp_path / "last.pt")
+    assert "--precision fp32 -> fp16" in restore(other, tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -1163,7 +1172,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     assert len(ImageFolder(tmp_path / "data", 32)) == 2
 
 
-@pytest.mark.parametrize("content, message", [(None, "no such folder"), ("", "no image files"), ("x", "none can be decoded")])
+@pytest.mark.parametrize("content, message", [(None, "no such folder"), ("", "no image files"), ("x", "1 of 1 image files cannot")])
 def test_a_folder_without_a_readable_image_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "data").mkdir()
@@ -1281,6 +1290,16 @@ ALONE = {           # what to run with each class and function that is cut out
     "Perceptual": "import lpips; real, lpips.LPIPS = lpips.LPIPS, functools.partial(lpips.LPIPS, pnet_rand=True)\n"
                   "Perceptual('squeeze')(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)); lpips.LPIPS = real",
     "WarmUp": "w = WarmUp(3, ramp=2); assert w.weight(4) == 0.5",
+    "RunError": "raise_it = RunError('x')", "Signals": "with Signals() as signals: assert signals.caught == 0",
+    "outlive_signals": "import signal; old = [signal.getsignal(n) for n in (2, 15)]; outlive_signals(0)\n"
+                       "[signal.signal(n, handler) for n, handler in zip((2, 15), old)]",
+    "compare_ranks": "compare_ranks(vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')))",
+    "command_line": "assert command_line(Config.of('tiny', ch_mult=[1, 2], adaptive=False)).endswith('--ch-mult 1 2 --no-adaptive')",
+    "writing": "with writing(Path('a')): pass", "claimed": "with claimed(Path(folder) / 'mine'): pass",
+    "resume": "assert resume(vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')), Path(folder), print) is None",
+    "save_last": "[save_last(vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')), Path(folder)) for _ in 'ab']",
+    "add_record": "add_record(Path(folder) / 'log.jsonl', dict(step=1, l1=0.5))",
+    "same_keys": "same_keys('x', dict(a=1), ['a'])",
     "make_folder": "make_folder('--out', Path(folder) / 'made' / 'here')", "seed_of": "seed_of(1, 2)", "ImageFolder": "ImageFolder(folder, 32)[0]; ImageFolder(folder, 32, train=False)[0]",
     "DeadLeaves": "DeadLeaves(32)[0]", "to_model": "to_model(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 'cpu')",
     "average_over_ranks": "average_over_ranks(torch.ones(2))", "meet": "meet('cpu')",
@@ -1300,7 +1319,7 @@ ALONE = {           # what to run with each class and function that is cut out
                        "    monitor.assert_healthy(step, terms | dict(l2=0.1, grad_norm_dec=1.0))",
     "second_name": "(Path(folder) / 'a').write_text('a'); second_name(Path(folder) / 'a', Path(folder) / 'b')",
     "keep_records": "(Path(folder) / 'log.jsonl').write_text('{\"step\": 1}\\n'); keep_records(Path(folder), 1)",
-    "open_folder": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')); open_folder(Path(folder) / 'run', t, True)",
+    "open_folder": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')); (Path(folder) / 'run').mkdir(); open_folder(Path(folder) / 'run', t, None)",
     "batches": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu'))\n"
                "assert next(batches(t, vaegan.DeadLeaves(32))).shape == (4, 3, 32, 32)",
     "save_collapse": "rows = {'image': torch.zeros(2, 3, 8, 8)}\n"
@@ -1360,7 +1379,8 @@ def test_checkpoints_are_read_as_weights_only():
 def command(*arguments, **environment):
     return subprocess.Popen([sys.executable, str(HERE / "vaegan.py"), *map(str, arguments)], text=True, encoding="utf8",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=environment.pop("cwd", None),
-                            env={**os.environ, **OFFLINE, "PYTHONIOENCODING": "utf8", "OMP_NUM_THREADS": "1", **environment})
+                            env={**os.environ, **OFFLINE, "PYTHONIOENCODING": "utf8", "OMP_NUM_THREADS": "1",
+                                 "PYTHONUNBUFFERED": "1", **environment})
 
 
 def finish(process):
@@ -1379,7 +1399,7 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
     flags = tiny_flags(out, "--data", photos, "--workers", 1)
     status, printed, err = finish(command(*flags, "--steps", 6))
     assert status == 0, err
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "last.pt", "best.pt", "healthy.pt"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "last.pt", "previous.pt", "best.pt", "healthy.pt", "lock"}
     assert {p.name for p in (out / "samples").iterdir()} == {"0000004.png", "0000006.png"}
     assert Image.open(out / "samples/0000006.png").size == (32, 64)             # one held-out image, x above x̂
     config = json.loads((out / "config.json").read_text())
@@ -1445,7 +1465,7 @@ def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(tmp_path):
     cases = {
         "no such folder": ["--data", tmp_path / "nowhere"], "no image files": ["--data", empty],
         "--image-size 33": ["--image-size", 33], "--image-size 16": ["--image-size", 16],
-        "empty: no image files": ["--data", photos, "--val", empty], "none can be decoded": ["--data", tmp_path / "torn"], "--preset": ["--preset", "huge"],
+        "empty: no image files": ["--data", photos, "--val", empty], "torn: 2 of 2 image files cannot be decoded": ["--data", tmp_path / "torn"], "--preset": ["--preset", "huge"],
         "--perceptual-net": ["--perceptual-net", "resnet"], "--precision": ["--precision", "fp8"],
         "--batch-size 0": ["--batch-size", 0], "--ema 1.5": ["--ema", 1.5], "--val": ["--val", photos],
         "--out: cannot make": ["--out", tmp_path / "foreign.pt"], "--learning-rate": ["--learning-rate", 1],
@@ -1510,7 +1530,7 @@ def test_a_collapsed_run_stops_with_status_3_a_report_and_its_last_healthy_state
     assert vaegan.main(flags + ["--adaptive", "--disc-weight", "0.5"]) == 0     # as the remedy says
     assert "continues after step 60 of 120; --disc-weight 100.0 -> 0.5; --adaptive False -> True" in capsys.readouterr().out
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == list(range(10, 130, 10))
-    assert torch.load(run / "healthy.pt", weights_only=True)["step"] == 120 and not list(run.glob("*.tmp"))
+    assert torch.load(run / "healthy.pt", weights_only=True)["step"] == 120 and not list(run.glob("*.unfinished"))
 
 
 def test_warn_says_so_and_goes_on(tmp_path, capsys):
@@ -1541,7 +1561,8 @@ def test_a_save_is_healthy_when_later_steps_were_and_none_is_while_a_sign_is_up(
         (torch.load(path, weights_only=True)["step"], name.name)), link(path, name)))
     flags = ruinous(tmp_path, "--disc-weight", 0, "--steps", 170, "--save-every", 60)
     assert vaegan.main(flags) == 0
-    assert promoted == [(60, "healthy.pt"), (120, "healthy.pt"), (170, "healthy.pt")]      # at 110, at 170, and at the end
+    healthy = [step for step, name in promoted if name == "healthy.pt"]
+    assert healthy == [60, 120, 170] and (120, "previous.pt") in promoted       # at 110, at 170, and at the end
     update = Trainer.update
 
     def perturbed(self, step, images_):
@@ -1551,7 +1572,7 @@ def test_a_save_is_healthy_when_later_steps_were_and_none_is_while_a_sign_is_up(
     monkeypatch.setattr(Trainer, "update", perturbed)
     promoted.clear()
     assert vaegan.main(flags + ["--no-resume"]) == 3                            # no GAN at all: it has other causes too
-    assert promoted == [(0, "last.pt")]                                         # step 60 had no time to prove itself
+    assert promoted == [(0, "previous.pt"), (0, "last.pt")]                     # step 60 had no time to prove itself
 
 
 def test_a_collapse_before_any_save_goes_back_to_the_start(tmp_path):
@@ -1559,7 +1580,7 @@ def test_a_collapse_before_any_save_goes_back_to_the_start(tmp_path):
     assert vaegan.main(flags + ["--no-adaptive"]) == 3
     for name in ("last.pt", "healthy.pt"):
         assert torch.load(tmp_path / "run" / name, weights_only=True)["step"] == 0
-    assert vaegan.main(flags + ["--disc-weight", "0.5"]) == 0 and not (tmp_path / "run/last.tmp").exists()
+    assert vaegan.main(flags + ["--disc-weight", "0.5"]) == 0 and not list(tmp_path.glob("run/*.unfinished"))
 
 
 def test_a_rolled_back_run_is_saved_at_once_and_sees_the_same_batches_again(tmp_path, monkeypatch):
@@ -1567,7 +1588,7 @@ def test_a_rolled_back_run_is_saved_at_once_and_sees_the_same_batches_again(tmp_
 
     def interrupted(trainer, dataset):
         starts.append(trainer.step)
-        return real(trainer, dataset) if len(starts) < 2 else iter([])          # the second time: StopIteration
+        return real(trainer, dataset) if len(starts) < 2 else (image for image in [])      # the second time: StopIteration
     monkeypatch.setattr(vaegan, "batches", interrupted)
     with pytest.raises(StopIteration):
         vaegan.main(ruinous(tmp_path, "--no-adaptive", "--steps", 120, "--on-collapse", "rollback"))
@@ -1576,7 +1597,7 @@ def test_a_rolled_back_run_is_saved_at_once_and_sees_the_same_batches_again(tmp_
         checkpoint = torch.load(tmp_path / "run" / name, weights_only=True)
         assert checkpoint["step"] == 60 and checkpoint["training"]["warm_up"]["restarts"] == 1
     trainer = Trainer(Config(**{**checkpoint["config"], "disc_weight": 0.5}), torch.device("cpu"))
-    trainer.restore(tmp_path / "run/last.pt")
+    restore(trainer, tmp_path / "run/last.pt")
     assert trainer.warm_up.restarts == 0                                        # another weight is a new try
 
 
@@ -1615,11 +1636,17 @@ def test_two_ranks_decide_alike_and_roll_back_together(tmp_path):
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 90
 
 
+def start_torchrun(*flags, restarts=0):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts",
+                             str(restarts), HERE / "vaegan.py", *map(str, flags)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+
+
 def torchrun(*flags):
     """Two processes; if they did not do the same, one would wait for the other for ever."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone",
-                           HERE / "vaegan.py", *map(str, flags)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start_torchrun(*flags)
+    return subprocess.CompletedProcess(flags, stdout=(outputs := process.communicate(timeout=120))[0], stderr=outputs[1],
+                                       returncode=process.returncode)
 
 
 def test_torchrun_trains_two_processes_into_one_folder(tmp_path):
@@ -1652,6 +1679,354 @@ def test_runs_of_another_preset_or_data_get_a_folder_of_their_own():
         ("tiny", ""), ("sd", ""), ("tiny", "some/photos"), ("tiny", "some/photos/"))]
     assert folders == ["run/tiny-leaves", "run/sd-leaves", "run/tiny-photos", "run/tiny-photos"]
     assert Config.of("tiny", out="mine").out == "mine"
+
+
+# --- nothing is lost
+
+
+def stopping(monkeypatch, *steps, number=signal.SIGTERM):
+    """Send this process a signal during the updates that end at these steps."""
+    update = Trainer.update
+
+    def stopped(self, step, images_):
+        rows = update(self, step, images_)
+        if step + 1 in steps:
+            signal.raise_signal(number)
+        return rows
+    monkeypatch.setattr(Trainer, "update", stopped)
+
+
+def same(a, b):
+    """Equal to the last bit, dicts and lists of whatever depth."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def outcome(run):
+    """What must not differ: the checkpoint but for the folder's name, the log but for the clock."""
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    del checkpoint["config"]["out"], checkpoint["config"]["workers"], checkpoint["config"]["resume"]
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return checkpoint, [{key: value for key, value in record.items() if key != "images_per_s"} for record in records]
+
+
+@pytest.mark.parametrize("workers, accumulate, start", [(0, 1, "6"), (2, 1, "6"), (0, 2, "6"), (2, 2, "plateau")])
+def test_a_run_stopped_before_during_and_after_the_warm_up_equals_the_undisturbed_one_to_the_bit(
+        tmp_path, monkeypatch, workers, accumulate, start):
+    photos = write_photos(tmp_path / "photos", 6)                               # an epoch is 5 images
+    flags = ["--data", photos, "--batch-size", 2, "--accumulate", accumulate, "--steps", 30, "--disc-start", start, "--disc-lead", 3,
+             "--disc-ramp", 8, "--log-every", 4, "--save-every", 10, "--sample-every", 15]
+    assert in_this_process(*tiny_flags(tmp_path / "whole", *flags)) == 0
+    stops = dict(off=3, leading=8, ramping=13, on=25) if start == "6" else dict(waiting=7, leading=17, ramping=22, on=29)
+    parts = tiny_flags(tmp_path / "parts", *flags, "--workers", workers)
+    with monkeypatch.context() as during:
+        stopping(during, *stops.values())
+        for step in stops.values():
+            assert in_this_process(*parts) == 143 and torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == step
+    assert in_this_process(*parts) == 0
+    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    assert same(torch.load(tmp_path / "parts/best.pt", weights_only=True)["state_dict"],
+                torch.load(tmp_path / "whole/best.pt", weights_only=True)["state_dict"])
+
+
+def test_dead_leaves_continue_to_the_bit_whatever_the_number_of_workers(tmp_path, monkeypatch):
+    assert in_this_process(*tiny_flags(tmp_path / "whole", "--steps", 8)) == 0
+    with monkeypatch.context() as during:
+        stopping(during, 5, number=signal.SIGINT)
+        assert in_this_process(*tiny_flags(tmp_path / "parts", "--steps", 8, "--workers", 2)) == 130
+    assert in_this_process(*tiny_flags(tmp_path / "parts", "--steps", 8)) == 0
+    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+def test_another_batch_size_goes_on_with_the_next_image_and_is_named(tmp_path, capsys, monkeypatch):
+    drawn, item = [], DeadLeaves.__getitem__
+    monkeypatch.setattr(DeadLeaves, "__getitem__", lambda self, i: (drawn.append(i) if self.length > 64 else None, item(self, i))[1])
+    assert in_this_process(*tiny_flags(tmp_path / "run", "--steps", 3)) == 0
+    assert in_this_process(*tiny_flags(tmp_path / "run", "--steps", 5, "--batch-size", 3)) == 0
+    assert drawn == list(range(12)) and "; --batch-size 2 -> 3; --steps 3 -> 5; images an update 2 -> 3\n" in capsys.readouterr().out
+
+
+def wait_for(process, step):
+    """Until a run says that the warm-up is over, which --disc-start has put at this step."""
+    assert any(line.startswith(f"step {step}: the warm-up is over") for line in process.stdout), process.communicate()
+
+
+def test_kill_9_loses_the_steps_since_the_last_save_only_and_a_second_run_on_the_folder_is_refused(tmp_path, capsys):
+    run, flags = tmp_path / "run", tiny_flags(tmp_path / "run", "--workers", 1)
+    process = command(*flags, "--steps", 10 ** 6, "--disc-start", 14)
+    wait_for(process, 14)
+    capsys.readouterr()
+    assert in_this_process(*flags) == 2
+    assert re.search(rf"--out .*run: process {process.pid} on .*, since 20.* trains there; wait", capsys.readouterr().err)
+    process.kill()
+    process.communicate()
+    last = torch.load(run / "last.pt", weights_only=True)["step"]
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"step": 12, "l1"')                                          # torn
+    for name in ("last.pt.unfinished", "samples/0000040.png.unfinished"):
+        (run / name).write_bytes(b"half")                                       # as a save that was killed leaves it
+    assert (last % 4 == 0 or last == 15) and in_this_process(*tiny_flags(run, "--steps", last + 2, "--workers", 1)) == 0      # at once: no lock stays
+    assert f"continues after step {last} of" in capsys.readouterr().out and not list(run.rglob("*.unfinished"))
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == last + 2
+
+
+@pytest.mark.parametrize("broken", ["truncated", "empty", "foreign", "missing"])
+def test_a_broken_last_pt_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, broken):
+    run = tmp_path / "run"
+    assert in_this_process(*tiny_flags(tmp_path / "whole", "--steps", 10)) == 0
+    assert in_this_process(*tiny_flags(run, "--steps", 8)) == 0
+    last, content = run / "last.pt", (run / "last.pt").read_bytes()
+    last.write_bytes({"truncated": content[:-5000], "empty": b"", "foreign": pickle.dumps([1, 2])}.get(broken, content))
+    if broken == "missing":
+        last.unlink()
+    capsys.readouterr()
+    assert in_this_process(*tiny_flags(run, "--steps", 10)) == 0
+    printed = capsys.readouterr().out
+    assert "continues after step 4 of 10" in printed and (broken == "missing" or f"{last}: no checkpoint of vaegan.py" in printed)
+    assert (run / "last.pt.broken").exists() == (broken != "missing")           # nothing of anybody's is overwritten
+    assert same(outcome(run)[0]["training"], outcome(tmp_path / "whole")[0]["training"])
+    for name in ("last.pt", "previous.pt", "healthy.pt"):
+        (run / name).write_bytes(b"")
+    assert in_this_process(*tiny_flags(run, "--steps", 12)) == 2 and "last.pt: no checkpoint" in capsys.readouterr().err
+    assert (run / "last.pt").read_bytes() == b""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_prints_the_command_that_continues_and_leaves_no_worker(tmp_path, number, status):
+    run = tmp_path / "the run"
+    process = command(*tiny_flags(run, "--steps", 10 ** 6, "--workers", 2, "--disc-start", 6))
+    wait_for(process, 6)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in (process.pid, *map(int, workers)):                               # as a cluster does, and a terminal
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    code, printed, err = finish(process)
+    assert code == status and len(workers) >= 2 and "Traceback" not in err, err
+    step = int(re.search(r"interrupted; .*last.pt holds step (\d+)", err)[1])
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == step
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    words = shlex.split(re.search(r"^python vaegan.py (train .*)$", err, re.M)[1])
+    code, printed, _ = finish(command(*words, "--steps", step + 1))
+    assert code == 0 and f"continues after step {step} of {step + 1}; --steps 1000000 -> {step + 1}\n" in printed
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    run = tmp_path / "run"
+    process = command(*tiny_flags(run, "--steps", 10 ** 6, "--image-size", 128, "--batch-size", 32, "--disc-start", 1))     # slow steps
+    wait_for(process, 1)
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "once more: stops at once" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == -signal.SIGINT and not (run / "last.pt").exists()
+
+
+def test_a_disk_that_is_full_ends_the_run_with_status_1_and_leaves_the_old_checkpoint(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert in_this_process(*tiny_flags(run, "--steps", 4)) == 0
+    before, limits = (run / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))    # as a full disk, of which anybody can have one
+    try:
+        status = in_this_process(*tiny_flags(run, "--steps", 12))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err
+    assert status == 1 and re.search(r"vaegan.py: .*best.pt cannot be written: File too large. What was there is as it was", err), err
+    assert (run / "last.pt").read_bytes() == before and not list(run.rglob("*.unfinished"))
+    assert in_this_process(*tiny_flags(run, "--steps", 12)) == 0                # there is room again
+
+
+def test_a_folder_that_goes_away_ends_the_run_with_status_1_and_the_files_name(tmp_path, monkeypatch, capsys):
+    run, update = tmp_path / "run", Trainer.update
+
+    def vanishing(self, step, images_):
+        if step == 2:
+            shutil.rmtree(run / "samples")
+        return update(self, step, images_)
+    monkeypatch.setattr(Trainer, "update", vanishing)
+    assert in_this_process(*tiny_flags(run, "--steps", 8)) == 1
+    assert "samples/0000004.png cannot be written: No such file or directory. What was there" in capsys.readouterr().err
+
+
+def bad_images(folder):
+    """One of each, and four good ones among them, which come last."""
+    write_photos(folder / "z good", 14)
+    good = (folder / "z good/00.jpg").read_bytes()
+    (folder / "a truncated.jpg").write_bytes(good[:len(good) // 2])
+    (folder / "b zero bytes.png").write_bytes(b"")
+    (folder / "c text.jpg").write_text("no image")
+    bomb = Image.new("1", (20_000, 20_000))
+    bomb.save(folder / "d bomb.png")
+    (folder / "e broken link.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "f loop.jpg").symlink_to(folder / "f loop.jpg")
+    os.mkfifo(folder / "g pipe.jpg")                                            # opening it would wait for ever
+    (folder / "h new\nline.jpg").write_text("no image")
+    with open(os.path.join(os.fsencode(folder), b"i bytes \xff.jpg"), "w") as file:
+        file.write("no image")
+    (folder / "j folder.jpg").mkdir()
+    (folder / "k loop").symlink_to(folder)
+
+
+def test_bad_images_of_every_kind_end_no_run_and_are_reported_once_with_their_reason(tmp_path):
+    photos = tmp_path / "photos"
+    bad_images(photos)
+    Image.new("RGB", (1, 1)).save(photos / "l.png")
+    Image.new("RGB", (1, 10_000)).save(photos / "m.png")
+    code, printed, err = finish(command(*tiny_flags(tmp_path / "run", "--data", photos, "--steps", 30, "--workers", 2)))
+    assert code == 0 and "Traceback" not in err, err
+    reports = [line[len("skipped "):].replace(f"{photos}/", "") for line in re.split("[\r\n]", err) if line.startswith("skipped ")]
+    reasons = dict(line.split(": ", 1) for line in reports)
+    assert len(reports) == len(reasons) == 9 and all(reasons.values()), reports
+    assert "runcated" in reasons["a truncated.jpg"] and "cannot identify" in reasons["b zero bytes.png"]
+    assert "bomb" in reasons["d bomb.png"] and "no such file" in reasons["e broken link.jpg"]
+    assert {"h new\\nline.jpg", "i bytes \\udcff.jpg"} <= reasons.keys()
+    assert "skipped=8" in err or "skipped=9" in err                             # one may be held out
+
+
+def test_files_that_vanish_mid_run_are_skipped_until_they_are_more_than_half(tmp_path, monkeypatch, capsys):
+    photos, update = write_photos(tmp_path / "photos", 10), Trainer.update      # nine to train on
+
+    def vanishing(self, step, images_):
+        for i in {3: [2], 6: [3, 4, 5, 6]}.get(step, []):
+            (photos / f"{i:02d}.jpg").unlink()
+        return update(self, step, images_)
+    monkeypatch.setattr(Trainer, "update", vanishing)
+    flags = tiny_flags(tmp_path / "run", "--data", photos, "--steps", 100, "--log-every", 1)
+    assert in_this_process(*flags) == 2
+    err = capsys.readouterr().err
+    assert "photos: 5 of 9 image files cannot be decoded; take them away" in err and "skipped=1" in err
+    assert err.count("02.jpg: no such file") == 1
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] >= 4
+
+
+def test_a_worker_that_finds_too_many_bad_files_ends_the_run_in_one_line(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", 8)
+    for i in range(3, 8):
+        (photos / f"{i:02d}.jpg").write_text("no image")                        # 01 and 02 are good
+    assert in_this_process(*tiny_flags(tmp_path / "run", "--data", photos, "--steps", 100, "--workers", 2)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"vaegan.py: .*photos: [4-5] of 7 image files cannot be decoded; take them away, or give another folder", line)
+
+
+def test_a_broken_file_is_not_all_that_is_held_out(tmp_path):
+    write_photos(tmp_path, 5)
+    (tmp_path / "00.jpg").write_text("no image")
+    train, val = (ImageFolder(tmp_path, 32, train, hold_out=20) for train in (True, False))
+    assert [Path(file).name for file in val.files] == ["01.jpg"] and len(train) == 4 and not set(train.files) & set(val.files)
+
+
+def test_float_images_are_taken_as_zero_to_one_or_as_zero_to_255(tmp_path):
+    for name, value in (("a.tif", 0.5), ("b.tif", 128.0)):
+        Image.new("F", (32, 32), value).save(tmp_path / name)
+    data = ImageFolder(tmp_path, 32, train=False)
+    assert data[0].unique().tolist() == data[1].unique().tolist() == [128]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(state_dict=Evil()), "evil.pt")
+    assert vaegan.main(["eval", "--checkpoint", "evil.pt"]) == 2
+    assert "evil.pt: no checkpoint of vaegan.py (it would run posix.system)" in capsys.readouterr().err and not Path("evil").exists()
+
+
+def spoil(checkpoint, what):
+    training = checkpoint["training"]
+    if what == "shape":
+        training["vae"]["decoder.conv_out.weight"] = torch.zeros(3, 5, 3, 3)
+    elif what == "missing":
+        del training["discriminator"]["convs.2.bias"]
+    elif what == "extra":
+        training["vae"]["decoder.surplus"] = torch.zeros(1)
+    elif what == "optimiser":
+        next(iter(training["optimiser"]["state"].values()))["exp_avg"] = torch.zeros(7)
+    elif what == "monitor":
+        training["monitor"]["observe"] = 3
+    elif what == "part":
+        del training["optimiser"]
+    elif what == "top":
+        del checkpoint["best"]
+
+
+@pytest.mark.parametrize("what, says", [
+    ("shape", "size mismatch for decoder.conv_out.weight"), ("missing", "discriminator: without convs.2.bias"),
+    ("extra", "vae: unknown decoder.surplus"), ("optimiser", "size mismatch in an optimiser: [7], not "),
+    ("monitor", "monitor: unknown observe"), ("part", "training: without optimiser"), ("top", "checkpoint: without best")])
+def test_wrong_shapes_and_missing_and_extra_keys_of_a_checkpoint_are_named(tmp_path, capsys, what, says):
+    trainer = Trainer(tiny_config(), torch.device("cpu"))
+    trainer.update(0, iter(batches()))
+    trainer.save(tmp_path / "last.pt")
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    spoil(checkpoint, what)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(UsageError, match=re.escape(f"{tmp_path}/last.pt") + ".*" + re.escape(says)):
+        restore(Trainer(tiny_config(), torch.device("cpu")), tmp_path / "last.pt")
+
+
+def test_ranks_that_drift_apart_are_noticed_at_the_save(tmp_path):
+    torch.multiprocessing.spawn(drifting, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["equal, drifted apart"] * 2
+
+
+def drifting(rank, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    trainer = Trainer(tiny_config(), torch.device("cpu"), rank, 2)
+    vaegan.compare_ranks(trainer)
+    if rank == 1:
+        with torch.no_grad():
+            trainer.vae.last_layer[0, 0, 0, 0] *= 1 + 1e-6                       # the last bits of one weight
+    try:
+        vaegan.compare_ranks(trainer)
+    except vaegan.RunError as error:
+        Path(folder, str(rank)).write_text("equal, drifted apart" if "drifted apart" in str(error) else str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_stop_at_the_same_step_and_one_goes_on(tmp_path, capsys):
+    run, flags = tmp_path / "run", tiny_flags(tmp_path / "run", "--workers", 1)
+    process = start_torchrun(*flags, "--steps", 10 ** 6, "--disc-start", 6)
+    wait_for(process, 6)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    step = int(re.search(r"last.pt holds step (\d+). To go on:\ntorchrun --nproc-per-node 2 vaegan.py train", err)[1])
+    assert step % 10 == 0 and torch.load(run / "last.pt", weights_only=True)["step"] == step
+    assert in_this_process(*flags, "--steps", step + 2) == 0
+    assert f"continues after step {step} of {step + 2}; " in (printed := capsys.readouterr().out) and "images an update 4 -> 2" in printed
+
+
+def test_a_rank_that_dies_ends_the_others_and_torchruns_restart_goes_on_from_the_last_save(tmp_path):
+    run = tmp_path / "run"
+    process = start_torchrun(*tiny_flags(run, "--steps", 60, "--no-resume", "--disc-start", 12), restarts=1)
+    wait_for(process, 12)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    printed, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and re.search(r"continues after step \d*[048] of 60", printed), err
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == torch.load(run / "last.pt", weights_only=True)["step"] == 60
+
+
+def test_no_object_is_left_behind_by_a_step():
+    trainer, stream = Trainer(tiny_config(disc_start=0, disc_lead=0, disc_ramp=0), torch.device("cpu")), itertools.cycle(batches(4))
+    trainer.monitor.memory, counts = 20, []
+    for step in range(120):
+        for at, terms in vaegan.read([(step + 1, terms) for terms in trainer.update(step, stream)]).items():
+            trainer.monitor.observe(at, terms)
+        if step in (59, 119):
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+    assert counts[1] - counts[0] < 60, counts                                   # less than one a step
 
 
 # --- the README

@@ -21,9 +21,11 @@ measures, command line.
 Every class and function runs when cut out with what its docstring names under "Needs:".
 """
 
-import argparse, contextlib, copy, functools, hashlib, itertools, json, math, os, shutil, sys, time, warnings
+import argparse, contextlib, copy, functools, hashlib, itertools, json, math, os, platform, re
+import shlex, shutil, signal, sys, threading, time, warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -42,6 +44,10 @@ from tqdm import tqdm
 
 class UsageError(ValueError):
     """Bad input in one line: the flag or file, its value, the way out. The command exits with 2."""
+
+
+class RunError(RuntimeError):
+    """What ends a run from outside, a full disk for one, in one line with the way out. It exits with 1."""
 
 
 def arg(group, default, help, tiny=None, least=0, most=math.inf, parse=None, choices=None):
@@ -107,7 +113,8 @@ class Config:
     resume: bool = arg("run", True, "continue from last.pt in --out; with --no-resume, start anew over it")
     log_every: int = arg("run", 50, "steps between records of log.jsonl", tiny=10, least=1)
     sample_every: int = arg("run", 1000, "steps between validations, each with a picture", tiny=100, least=1)
-    save_every: int = arg("run", 1000, "steps between saves of last.pt", tiny=100, least=1)
+    save_every: int = arg("run", 1000, "steps between saves of last.pt; one that fails, on a full disk, ends "
+                          "the run with status 1 and leaves the one before as it was", tiny=100, least=1)
     on_collapse: str = arg("run", "stop", "stop: with status 3 and a report, back to the last healthy save; "
                            "rollback: on from there, first without GAN, then at half its weight over "
                            "twice the ramp, at most three times; warn: say so and go on",
@@ -478,13 +485,13 @@ class WarmUp:
         return 0.0 if since < 0 else self.top * (min(since / ramp, 1.0) if ramp else 1.0)
 
     def state_dict(self):
-        losses = [float(loss) for loss in self.losses]
-        state = dict(start=self.start, reason=self.reason, flat=self.flat, losses=losses)
-        return state | (dict(restarts=self.restarts, most=self.most) if self.restarts else {})
+        return dict(start=self.start, reason=self.reason, flat=self.flat, restarts=self.restarts,
+                    losses=[float(loss) for loss in self.losses], most=self.most)
 
     def load_state_dict(self, state):
-        if self.start is None or "restarts" in state:           # else the step that is asked for now
-            self.__dict__.update(state)
+        most = state["most"] if state["restarts"] else self.most
+        if self.start is None or state["restarts"]:             # else the step that is asked for now
+            self.__dict__.update(state, most=most)
 
 
 # ---- Collapse: its signs, each a number with a limit, and the rule by which they stop a run.
@@ -731,8 +738,9 @@ class ImageFolder(torch.utils.data.Dataset):
     name. hold_out=n: every n-th file is for train=False, the others for train=True; 0: all are for both.
     Images smaller than the crop are enlarged; JPEGs of at least four times the crop are decoded at 1/2, 1/4
     or 1/8, still twice as large as it. EXIF orientation is applied, transparency lies on white, 16 bits are
-    made 8. A file that cannot be decoded is reported once, and the next one stands in. Raises UsageError if
-    there is no folder, no image file, or none that can be decoded.
+    made 8, so are floats of [0, 1], and of films the first picture is taken. A file that cannot be decoded is
+    reported once, with the reason, and the next one stands in. Raises UsageError if there is no folder, no
+    image file, or none that can be decoded; with train=True, if more than half of them cannot.
     Needs: UsageError, seed_of, the packages pillow and tqdm.
     """
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
@@ -741,7 +749,7 @@ class ImageFolder(torch.utils.data.Dataset):
         known = {suffix for suffix, kind in Image.registered_extensions().items()
                  if kind in Image.OPEN and kind != "EPS"}       # EPS is a program, run by Ghostscript
         files, seen = [], set()
-        for folder, folders, names in os.walk(root, followlinks=True):
+        for folder, folders, names in os.walk(root, onerror=self.report, followlinks=True):
             if os.path.realpath(folder) in seen:                # links in a circle
                 folders.clear()
                 continue
@@ -750,11 +758,14 @@ class ImageFolder(torch.utils.data.Dataset):
         if not files:
             raise UsageError(f"{root}: no image files here or below; give a folder that holds images")
         files.sort()
+        self.root, self.size, self.is_train, self.seed = root, size, train, seed
         if hold_out and len(files) > 1:
-            files = [file for i, file in enumerate(files) if (i % hold_out == 0) != train]
-        self.files, self.size, self.is_train, self.seed = files, size, train, seed
-        self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()     # one for all workers
-        self.epoch = self.order = None
+            parts = [files[i::hold_out] for i in range(min(hold_out, len(files)))]      # one of whose files
+            held_out = next((part for part in parts if any(map(self.decodes, part))), parts[0])     # decodes
+            files = sorted({*files} - {*held_out}) if train else held_out
+        self.files, self.epoch, self.order = files, None, None
+        self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()     # one for all workers,
+        self.lock = torch.multiprocessing.Lock()                # so that each file is reported by one of them
         self.load(0)
 
     def __len__(self):
@@ -773,22 +784,47 @@ class ImageFolder(torch.utils.data.Dataset):
         """File k, or the next one that decodes, cropped at random, or without a generator at the centre."""
         skipped = []
         for k in (i % len(self) for i in range(k, k + len(self))):
-            if not self.broken[k]:
-                try:
-                    picture = self.crop(self.decode(self.files[k]), generator)
-                except Exception as error:                      # decoders raise whatever they like
+            if self.broken[k]:
+                continue
+            try:
+                picture = self.crop(self.decode(self.files[k]), generator)
+            except Exception as error:                          # decoders raise whatever they like
+                with self.lock:
+                    skipped += [] if self.broken[k] else [(self.files[k], error)]
                     self.broken[k] = True
-                    skipped.append(f"skipped {self.files[k]}: {error or type(error).__name__}")
-                    continue
-                for line in skipped:
-                    tqdm.write(line, file=sys.stderr)
+                if self.is_train and 2 * self.broken.sum() > len(self):
+                    break
+            else:
+                for file, error in skipped:
+                    self.report(error, file)
                 return picture
-        raise UsageError(f"{self.files[0]} and {len(self) - 1} more: none can be decoded; give other images")
+        raise UsageError(f"{self.root}: {int(self.broken.sum())} of {len(self)} image files cannot be decoded; "
+                         "take them away, or give another folder")
+
+    @staticmethod
+    def report(error, file=None):
+        """Say in one line, whatever bytes the name has, why a file or (from os.walk) a folder is left out."""
+        line = f"skipped {file or error.filename}: {error or type(error).__name__}"
+        line = line if line.isprintable() else line.encode("unicode_escape").decode()
+        tqdm.write(line, file=sys.stderr)
+
+    def decodes(self, file):
+        try:
+            self.decode(file)
+        except Exception:
+            return False
+        return True
 
     def decode(self, file):
+        """-> an RGB image, upright."""
+        if not os.path.isfile(file):                            # opening a pipe would wait for ever
+            raise FileNotFoundError("no such file, or not a regular one")
         with Image.open(file) as image:
             image.draft(None, (2 * self.size, 2 * self.size))   # JPEG only, before it is decoded
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F":                               # floats of [0, 1] as is usual, or of [0, 255]
+                scale = 255 if image.getextrema()[1] <= 1 else 1
+                image = image.point(lambda value: value * scale + 0.5).convert("L")
             if image.mode.startswith("I"):                      # 16-bit grey; 257 = 65535/255
                 image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
             if image.has_transparency_data:
@@ -920,6 +956,8 @@ class Trainer:
     def __init__(self, cfg, device, rank=0, world=1):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.step, self.best, self.scaling_factor = 0, [0, -math.inf], None
+        self.drawn = 0                                          # images, by all ranks
+        self.seen, self.events = [], []                         # terms and events since the last log record
         self.perceptual = Perceptual(cfg.perceptual_net).to(device) if cfg.perceptual_weight else None
         torch.manual_seed(cfg.seed)
         self.vae = vae = autoencoder(cfg).to(device, memory_format=torch.channels_last)
@@ -981,8 +1019,12 @@ class Trainer:
         self.scaler.update()
         if self.ema:
             self.ema.update_parameters(self.vae)
-        self.step = step + 1
+        self.step, self.drawn = step + 1, self.drawn + self.images_an_update
         return rows
+
+    @property
+    def images_an_update(self):
+        return self.world * self.cfg.batch_size * self.cfg.accumulate
 
     def apply(self, optimiser, lr, step, names, terms):
         """Clip each network's gradient, log the norm it had, and step at the warmed-up learning rate."""
@@ -994,41 +1036,60 @@ class Trainer:
 
     def save(self, path):
         """Write a checkpoint; its `state_dict` is what opens in diffusers."""
+        loop = dict(drawn=self.drawn, images_an_update=self.images_an_update, seen=self.seen,
+                    events=self.events)
         write_whole(path, functools.partial(torch.save, dict(
             state_dict=self.average.state_dict(), config=asdict(self.cfg), step=self.step, best=self.best,
             scaling_factor=self.scaling_factor,
-            training={name: part.state_dict() for name, part in self.parts.items()})))
+            training=dict({name: part.state_dict() for name, part in self.parts.items()}, loop=loop))))
 
-    def restore(self, path):
-        """Continue from a checkpoint -> the flags that changed, as text. UsageError if the model did."""
-        checkpoint = load(path)
-        was, now, changes, changed = checkpoint["config"], asdict(self.cfg), "", set()
+    def restore(self, path, checkpoint):
+        """Continue from what load(path) gave -> the flags that changed, as text. UsageError: it does not fit."""
+        was, now, changes, changed, groups = checkpoint["config"], asdict(self.cfg), "", set(), set()
         for f in fields(self.cfg):
             old, new, flag = was.get(f.name), now[f.name], "--" + f.name.replace("_", "-")
             if old != new and f.metadata["group"] == "model":
                 raise UsageError(f"{flag} {new}: {path} was trained with {old}; take that or another --out")
             if old != new and f.name not in ("out", "resume"):
                 changes += f"; {flag} {old} -> {new}"
-                changed |= {f.name, f.metadata["group"]}
-        for name, part in self.parts.items():
-            state = checkpoint["training"].get(name)            # the scaler's is empty without fp16
-            if state:
-                part.load_state_dict(state)
+                changed.add(f.name)
+                groups.add(f.metadata["group"])
+        try:
+            training, loop = checkpoint["training"], checkpoint["training"].get("loop", {})
+            same_keys("training", training, [*self.parts, "loop"])
+            same_keys("loop", loop, ["drawn", "images_an_update", "seen", "events"])
+            for name, part in self.parts.items():
+                wanted = part.state_dict()
+                if training[name] and wanted:                   # without fp16 the scaler has no state
+                    same_keys(name, training[name], wanted)
+                    part.load_state_dict(training[name])
+            for optimiser in (self.optimiser, self.optimiser_disc):
+                for p, state in optimiser.state.items():        # load_state_dict does not look
+                    same_keys("optimiser", state, ["step", "exp_avg", "exp_avg_sq"])
+                    if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
+                        raise ValueError(f"size mismatch in an optimiser: {[*state['exp_avg'].shape]}, not "
+                                         f"{[*p.shape]}")
+            if self.ema:
+                self.average.load_state_dict(checkpoint["state_dict"])
+                self.ema.n_averaged.fill_(checkpoint["step"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"{path} does not fit: {reason}; move it away") from None
         if changed & {"data", "val", "image_size", "pixel_loss", "perceptual_weight", "perceptual_net"}:
             self.monitor = self.parts["monitor"] = CollapseMonitor(grace=self.monitor.grace)    # all is new
-        if changed & {"losses", "warm-up"}:
+        if groups & {"losses", "warm-up"}:
             self.warm_up.restarts = 0                           # a new try
-        if self.ema:
-            self.average.load_state_dict(checkpoint["state_dict"])
-            self.ema.n_averaged.fill_(checkpoint["step"])
         self.step, self.best = checkpoint["step"], checkpoint["best"]
         self.scaling_factor = checkpoint["scaling_factor"]
+        self.drawn, self.seen, self.events = loop["drawn"], loop["seen"], loop["events"]
+        if loop["images_an_update"] != self.images_an_update:
+            changes += f"; images an update {loop['images_an_update']} -> {self.images_an_update}"
         return changes
 
     def roll_back(self, path):
         """Continue from a checkpoint with the GAN off, later at half of the weight that it had now."""
         restarts, best = self.warm_up.restarts + 1, self.best
-        self.restore(path)
+        self.restore(path, load(path))
         self.warm_up.restart(self.step, restarts)
         self.best = best                                        # best.pt is still there
 
@@ -1036,8 +1097,10 @@ class Trainer:
 def train(cfg):
     """Train as `cfg` says, alone or as one of torchrun's processes, and continue the run that cfg.out holds.
 
-    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, best.pt, healthy.pt. Raises UsageError
-    before anything is written, CollapseError after it has saved what shows it. Needs: all of the file.
+    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, previous.pt, best.pt, healthy.pt. Raises
+    UsageError before anything is changed, CollapseError after it has saved what shows it, RunError where a
+    file cannot be written, KeyboardInterrupt(number of the signal, text) after it has saved the run.
+    Needs: all of the file.
     """
     device, rank, world = launch(cfg)
     say = tqdm.write if rank == 0 else lambda line: None
@@ -1046,26 +1109,29 @@ def train(cfg):
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
     say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
         f"M; {len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
-    anew = not (cfg.resume and (out / "last.pt").exists())
-    if not anew:
-        changes = trainer.restore(out / "last.pt")
-        say(f"{out}: continues after step {trainer.step} of {cfg.steps}{changes}")
-    if rank == 0:
-        open_folder(out, trainer, anew)
     few = torch.utils.data.Subset(val_set, range(0, len(val_set), -(-len(val_set) // 256)))     # 256 at most
     shown = to_model(torch.stack([few[i] for i in range(min(8, len(few)))]), device)
-    with tqdm(total=cfg.steps, initial=trainer.step, disable=rank > 0, dynamic_ncols=True) as bar:
-        loop(trainer, train_set, few, shown, out, say, bar)
-    meet(device)                                                # rank 0 measures and saves last
+    with claimed(out) if rank == 0 else contextlib.nullcontext(), Signals(rank, world) as signals:
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # by torchrun, after a fault
+        path = resume(trainer, out, say) if cfg.resume or restarted else None
+        meet(device)                                            # all have read it; rank 0 may write
+        if rank == 0:
+            open_folder(out, trainer, path)
+        with tqdm(total=cfg.steps, initial=trainer.step, disable=rank > 0, dynamic_ncols=True) as bar:
+            while trainer.step < cfg.steps:
+                bar.n = trainer.step
+                with contextlib.closing(batches(trainer, train_set)) as images:
+                    loop(trainer, images, train_set, few, shown, out, say, bar, signals)
+        meet(device)                                            # rank 0 measures and saves last
     say(f"{out}: {max(trainer.step, cfg.steps)} steps done; a larger --steps goes on from here")
     return trainer
 
 
-def loop(trainer, train_set, few, shown, out, say, bar):
-    """Update until cfg.steps: watch, log, measure, save; stop or roll back. Needs: all of the file."""
-    cfg, warm_up = trainer.cfg, trainer.warm_up
-    images, rows, seen, events, clock = batches(trainer, train_set), [], [], [], time.perf_counter()
-    unproven, warned = None, set()                              # the step of a last.pt not yet proven healthy
+def loop(trainer, images, train_set, few, shown, out, say, bar, signals):
+    """Update until cfg.steps or a rollback: watch, log, measure, save. Needs: all of the file."""
+    cfg, warm_up, monitor = trainer.cfg, trainer.warm_up, trainer.monitor
+    rows, warned, clock = [], set(), (trainer.step, time.perf_counter())
+    unproven = trainer.step or None                             # the step of a last.pt not yet proven healthy
 
     while trainer.step < cfg.steps:
         step = trainer.step
@@ -1077,18 +1143,22 @@ def loop(trainer, train_set, few, shown, out, say, bar):
             if warm_up.start is None:
                 warm_up.observe(average_over_ranks(rows[-1][1]["rec_loss"].clone()), step)
             if warm_up.start == done:
-                events.append(f"step {done}: the warm-up is over: {warm_up.reason}")
-                say(events[-1])
+                trainer.events.append(f"step {done}: the warm-up is over: {warm_up.reason}")
+                say(trainer.events[-1])
             comes_on = warm_up.start is not None and done == warm_up.start + warm_up.lead   # at the next step
         to_log, to_sample, to_save, to_check = (
             done % every == 0 or done == cfg.steps
             for every in (cfg.log_every, cfg.sample_every, cfg.save_every, trainer.look_every))
+        stop = signals.caught                                   # ranks agree where they wait for each other
+        if trainer.world > 1:
+            stop = meet(trainer.device, stop) if to_check else 0
         to_save |= comes_on
-        if not (to_log or to_sample or to_save or to_check):
+        to_log |= to_sample or to_save
+        if not (to_log or to_check or stop):
             continue
 
         fresh = read(rows, scaled=trainer.scaler.is_enabled() and trainer.scaler.get_scale() >= 1)
-        rows, error, monitor = [], None, trainer.monitor
+        rows, error = [], None
         for at, terms in fresh.items():
             found = monitor.observe(at, terms)
             error = found if found and found.sign == "non_finite" else error or found
@@ -1096,12 +1166,9 @@ def loop(trainer, train_set, few, shown, out, say, bar):
             if done - monitor.since[sign] >= monitor.patience:
                 say(f"step {done}: {sign}: {monitor.describe(sign)}; to do: {monitor.MEANING[sign][1]}")
                 warned.add(sign)
-        seen += fresh.values()
+        trainer.seen += fresh.values()
         if error and (cfg.on_collapse != "warn" or error.sign == "non_finite"):
-            events.append(collapse(error, trainer, out, shown[:4], say))        # raises it, or rolls back
-            images, seen, unproven, warned = batches(trainer, train_set), [], None, set()
-            bar.n, clock = trainer.step, time.perf_counter()
-            continue
+            return collapse(error, trainer, out, shown[:4], say)                # raises it, or rolls back
         if error and "collapse" not in warned:
             say(f"warning: {error}")
             warned.add("collapse")
@@ -1112,31 +1179,36 @@ def loop(trainer, train_set, few, shown, out, say, bar):
         else:
             warned.discard("collapse")
         if unproven is not None and done - unproven >= min(50, cfg.save_every):
-            second_name(out / "last.pt", out / "healthy.pt")
+            if trainer.rank == 0:
+                second_name(out / "last.pt", out / "healthy.pt")
             unproven = None
-        if not (to_log or to_sample or to_save):
-            continue
-
-        record = dict(step=done, **average(seen), lr=trainer.optimiser.param_groups[0]["lr"],
-                      images_per_s=len(seen) * cfg.accumulate * trainer.world * cfg.batch_size
-                      / (time.perf_counter() - clock))
-        texts = dict(event="; ".join(events), signs=", ".join(monitor.since))
-        record |= {name: text for name, text in texts.items() if text}
-        shorts = dict(l1="L1", lpips="LPIPS", kl_dim="KL", d_acc="D acc", grad_ratio="∇adv/∇rec")
-        bar.set_postfix({shorts[key]: f"{record[key]:.3g}" for key in shorts if record.get(key)})
-        if trainer.rank == 0:
-            if to_sample:
-                record |= validate(trainer, few, shown, out)
-            if to_save:
-                trainer.save(out / "last.pt")
-                unproven = done
+        if to_log:
+            speed = (done - clock[0]) * trainer.images_an_update / (time.perf_counter() - clock[1])
+            record = dict(step=done, **average(trainer.seen), lr=trainer.optimiser.param_groups[0]["lr"],
+                          images_per_s=speed)
+            texts = dict(event="; ".join(trainer.events), signs=", ".join(monitor.since))
+            record |= {name: text for name, text in texts.items() if text}
+            shorts = dict(l1="L1", lpips="LPIPS", kl_dim="KL", d_acc="D acc", grad_ratio="∇adv/∇rec")
+            numbers = {shorts[key]: f"{record[key]:.3g}" for key in shorts if record.get(key)}
+            broken = int(train_set.broken.sum()) if cfg.data else 0
+            bar.set_postfix(numbers | (dict(skipped=broken) if broken else {}))
+            trainer.seen, trainer.events = [], []
+            if trainer.rank == 0:
+                if to_sample:
+                    record |= validate(trainer, few, shown, out)
+                add_record(out / "log.jsonl", record)           # before the save, or a kill could lose it
+            clock = done, time.perf_counter()
+        if to_save or stop:
+            compare_ranks(trainer)
+            if trainer.rank == 0:
+                save_last(trainer, out)
                 if (comes_on or done == cfg.steps) and not alarm:
                     second_name(out / "last.pt", out / "healthy.pt")
-                    unproven = None
-            with open(out / "log.jsonl", "a") as log:
-                record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
-                log.write(json.dumps(record) + "\n")
-        seen, events, clock = [], [], time.perf_counter()
+            unproven = done
+        if stop and done < cfg.steps:
+            meet(trainer.device)                                # or torchrun ends rank 0 while it saves
+            raise KeyboardInterrupt(stop, f"interrupted; {out}/last.pt holds step {done}. To go on:\n"
+                                    + command_line(cfg))
 
 
 def validate(trainer, few, shown, out):
@@ -1155,7 +1227,7 @@ def validate(trainer, few, shown, out):
 
 @torch.no_grad()
 def collapse(error, trainer, out, shown, say):
-    """Save what shows a collapse; go back to healthy.pt -> what happened, or raise the error.
+    """Save what shows a collapse; go back to healthy.pt, or raise the error.
 
     Needs: all of the file.
     """
@@ -1163,8 +1235,9 @@ def collapse(error, trainer, out, shown, say):
     gives_up = trainer.cfg.on_collapse != "rollback" or restarts > 3 or trainer.cfg.disc_weight == 0
     if rank_0:
         checkpoint, healthy = load(out / "healthy.pt"), autoencoder(trainer.cfg).to(trainer.device)
+        for name in ("previous.pt", "last.pt"):                 # a kill from here on leaves a healthy run
+            second_name(out / "healthy.pt", out / name)
         if gives_up:
-            second_name(out / "healthy.pt", out / "last.pt")
             say(f"{out}: collapse.png and collapse.json show it; the same command, better with other flags, "
                 f"goes on from the last healthy save, of step {checkpoint['step']}")
         try:
@@ -1178,15 +1251,15 @@ def collapse(error, trainer, out, shown, say):
     if gives_up:
         raise error
     trainer.roll_back(out / "healthy.pt")
+    event = (f"rollback {restarts} from step {error.step} ({error.sign}) to {trainer.step}: no GAN until the "
+             f"next plateau, then {trainer.warm_up.top:g} of its weight")
+    say(f"{error}\n{event}")
+    trainer.events.append(event)
     meet(trainer.device)                                        # or rank 0 writes what others read
     if rank_0:
         trainer.save(out / "last.pt")
         second_name(out / "last.pt", out / "healthy.pt")
         keep_records(out, trainer.step)
-    event = (f"rollback {restarts} from step {error.step} ({error.sign}) to {trainer.step}: no GAN until the "
-             f"next plateau, then {trainer.warm_up.top:g} of its weight")
-    say(f"{error}\n{event}")
-    return event
 
 
 # ---- Plumbing: seeds, devices and processes, data sets, files, records.
@@ -1210,9 +1283,71 @@ def average_over_ranks(tensor):
     return tensor
 
 
-def meet(device):
-    """Wait until all processes are here. Needs: average_over_ranks."""
-    average_over_ranks(torch.zeros((), device=device)).item()
+def meet(device, number=0):
+    """Wait until all processes are here -> the largest of their numbers, integers. Needs: nothing."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def compare_ranks(trainer):
+    """Raise RunError unless all processes have the same weights, to the bit. Needs: meet, RunError."""
+    if trainer.world > 1:
+        bits = sum(int(p.detach().view(torch.int32).sum(dtype=torch.int64))
+                   for net in (trainer.vae, trainer.disc) for p in net.parameters())
+        if meet(trainer.device, bits) != -meet(trainer.device, -bits):
+            raise RunError(f"step {trainer.step}: the processes' weights have drifted apart, by a fault of a "
+                           "machine or of the code; nothing was saved, the same command goes on from last.pt")
+
+
+class Signals:
+    """`with Signals() as signals`: signals.caught is 0, or the number of the SIGINT or SIGTERM that came.
+
+    A second one ends the process at once; among several processes only a second later, for torchrun and the
+    cluster may both send the first. Outside of the main thread it catches none. Needs: nothing.
+    """
+    def __init__(self, rank=0, world=1):
+        self.rank, self.patience, self.caught, self.since, self.before = rank, world > 1, 0, 0.0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def catch(self, number, frame):
+        if not self.caught:
+            self.caught, self.since = number, time.monotonic()
+            if self.rank == 0:                                  # print may not be called in a handler
+                os.write(2, b"\nvaegan.py: saves after this step, then stops; once more: stops at once\n")
+        elif time.monotonic() - self.since >= self.patience:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def outlive_signals(worker):
+    """For a loader's process: the first signal is not its own business; what should end it may take 30 s,
+    time for the process that trains to save. Needs: nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+
+
+def command_line(cfg):
+    """The command that goes on with this run. Needs: Config."""
+    usual, words = Config.of(cfg.preset), []
+    for f in fields(cfg):
+        value, flag = getattr(cfg, f.name), f.name.replace("_", "-")
+        if value != getattr(usual, f.name) and f.name != "resume":
+            value = value if isinstance(value, tuple) else (value,)
+            words += [f"--no-{flag}"] if value == (False,) else [f"--{flag}", *map(str, value)]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")                  # set by torchrun
+    program = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
+    return shlex.join([*program, "vaegan.py", "train", "--preset", cfg.preset, *words])
 
 
 def launch(cfg):
@@ -1226,8 +1361,12 @@ def launch(cfg):
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
+    store, rank, world = next(dist.rendezvous("env://"))        # after a restart torchrun's (2.15) still holds
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":          # the old addresses; among nodes counts differ
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(minutes=10))
+    return device, rank, world
 
 
 def autoencoder(cfg):
@@ -1252,63 +1391,177 @@ def make_folder(flag, path):
         raise UsageError(f"{flag}: cannot make {path}: {error.strerror}; choose another folder") from None
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Say in one line what cannot be written, and the way out. Needs: RunError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                    # torch.save hides the former in the latter
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or cause
+        raise RunError(f"{path} cannot be written: {reason}. What was there is as it was; once this is mended, "
+                       "the same command goes on from the last save") from None
+
+
 def write_whole(path, write):
-    """write(a path beside `path`), then rename, so that `path` is whole at any moment. Needs: nothing."""
-    beside = path.with_suffix(".tmp")
-    beside.unlink(missing_ok=True)
-    write(beside)
-    os.replace(beside, path)
-    beside.unlink(missing_ok=True)                              # where it was `path` itself already
+    """write(a binary file beside `path`), flush it to the disk, rename it: `path` is whole at any moment.
+
+    Needs: writing.
+    """
+    beside = path.with_name(path.name + ".unfinished")
+    with writing(path):
+        try:
+            with open(beside, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except (OSError, RuntimeError):
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
 
 
 def second_name(path, name):
     """Make `name` the same file, at no cost; a copy where the disk has no hard links. Needs: write_whole."""
-    def link(beside):
-        try:
-            os.link(path, beside)
-        except OSError:
-            shutil.copyfile(path, beside)
-    write_whole(name, link)
+    beside = name.with_name(name.name + ".unfinished")
+    try:
+        beside.unlink(missing_ok=True)
+        os.link(path, beside)
+        os.replace(beside, name)
+        beside.unlink(missing_ok=True)                          # where it was the same file already
+    except OSError:
+        with open(path, "rb") as source:
+            write_whole(name, functools.partial(shutil.copyfileobj, source))
 
 
-def open_folder(out, trainer, anew):
-    """Make the run's folder, or ready it for going on. Needs: make_folder, keep_records, write_whole."""
+@contextlib.contextmanager
+def claimed(out):
+    """Make the run's folder and hold its lock, which ends with the process however that ends.
+
+    Not flock, which a loader's process would inherit and keep for a while. Needs: UsageError, make_folder,
+    writing.
+    """
     make_folder("--out", out / "samples")
-    for old in ("last.pt", "best.pt", "healthy.pt", "collapse.json", "collapse.png") if anew else ():
-        (out / old).unlink(missing_ok=True)
+    try:
+        import fcntl
+    except ImportError:                                         # Windows
+        yield
+        return
+    with writing(out / "lock"):
+        file = open(out / "lock", "a+")
+    with file:
+        with writing(out / "lock"):
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):          # EAGAIN, EACCES: another process has it
+                file.seek(0)
+                raise UsageError(f"--out {out}: {file.read().strip()} trains there; wait until it has ended, "
+                                 "or take another --out") from None
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
+            file.flush()
+        yield
+
+
+def resume(trainer, out, say):
+    """Continue from the first that can be read of last.pt, previous.pt and healthy.pt -> its path, or None
+    if there is none of them. Needs: load, UsageError."""
+    problems = []
+    for path in (out / name for name in ("last.pt", "previous.pt", "healthy.pt")):
+        try:
+            checkpoint = load(path) if path.exists() else None
+        except UsageError as problem:
+            problems.append(problem)
+            continue
+        if checkpoint:
+            changes = trainer.restore(path, checkpoint)
+            for problem in problems:
+                say(f"{problem}")
+            say(f"{out}: continues after step {trainer.step} of {trainer.cfg.steps}"
+                f"{f' from {path.name}' if problems else ''}{changes}")
+            return path
+    if problems:
+        raise problems[0]
+
+
+def open_folder(out, trainer, path):
+    """Ready the run's folder for going on from `path`, or anew if that is None.
+
+    Needs: keep_records, write_whole, second_name, writing.
+    """
+    for left in [*out.glob("*.unfinished"), *out.glob("samples/*.unfinished")]:
+        with writing(left):
+            left.unlink()
+    if path is None:
+        for old in ("last.pt", "previous.pt", "best.pt", "healthy.pt", "collapse.json", "collapse.png"):
+            (out / old).unlink(missing_ok=True)
+    elif path.name != "last.pt":
+        if (out / "last.pt").exists():
+            os.replace(out / "last.pt", out / "last.pt.broken")
+        second_name(path, out / "last.pt")
     keep_records(out, trainer.step)
     config = json.dumps(asdict(trainer.cfg), indent=1) + "\n"
-    write_whole(out / "config.json", lambda path: path.write_text(config))
+    write_whole(out / "config.json", lambda file: file.write(config.encode()))
     if not (out / "healthy.pt").exists():
         trainer.save(out / "healthy.pt")
 
 
+def save_last(trainer, out):
+    """Write last.pt; the one before is previous.pt then. Needs: second_name."""
+    if (out / "last.pt").exists():
+        second_name(out / "last.pt", out / "previous.pt")
+    trainer.save(out / "last.pt")
+
+
 def keep_records(out, step):
-    """Cut log.jsonl after a step. Needs: write_whole."""
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines() if step and log.exists() else []
-    lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_whole(log, lambda path: path.write_text("".join(lines)))
+    """Cut log.jsonl after a step; keep whole lines only, and the first of each step. Needs: write_whole."""
+    log, records = out / "log.jsonl", {}
+    for line in log.read_bytes().splitlines() if step and log.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            at = json.loads(line)["step"]
+            if at <= step:
+                records.setdefault(at, line + b"\n")
+    write_whole(log, lambda file: file.writelines(records.values()))
+
+
+def add_record(log, record):
+    """Append one line to log.jsonl. Needs: writing."""
+    record = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in record.items()}
+    with writing(log), open(log, "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def batches(trainer, dataset):
-    """This process' batches from its step on: an endless iterator of (B, 3, H, W) uint8. Needs: nothing."""
+    """This process' batches, from the image on that comes next: endless, (B, 3, H, W) uint8 each, so that no
+    process can run out of them before another. Needs: outlive_signals."""
     size, stride = trainer.cfg.batch_size, trainer.world * trainer.cfg.batch_size
-    first = trainer.step * trainer.cfg.accumulate * stride + trainer.rank * size
-    indices = (range(i, i + size) for i in itertools.count(first, stride))
-    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=indices, num_workers=trainer.cfg.workers,
-                                            pin_memory=trainer.device.type == "cuda"))
+    indices = (range(i, i + size) for i in itertools.count(trainer.drawn + trainer.rank * size, stride))
+    yield from torch.utils.data.DataLoader(
+        dataset, batch_sampler=indices, num_workers=trainer.cfg.workers, worker_init_fn=outlive_signals,
+        pin_memory=trainer.device.type == "cuda")
+
+
+def same_keys(name, state, wanted):
+    """Raise ValueError naming the keys that a dict lacks or has too many. Needs: nothing."""
+    lacks, unknown = sorted({*wanted} - {*state}), sorted({*state} - {*wanted})
+    if lacks or unknown:
+        parts = [f"{what} {', '.join(keys[:5])}" + f" and {len(keys) - 5} more" * (len(keys) > 5)
+                 for what, keys in (("without", lacks), ("unknown", unknown)) if keys]
+        raise ValueError(f"{name}: {'; '.join(parts)}")
 
 
 def load(path):
-    """A checkpoint as a dict of tensors and plain values: a file cannot run code. Needs: UsageError."""
+    """A checkpoint as a dict of tensors and plain values: a file cannot run code. Needs: UsageError,
+    same_keys."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"state_dict", "config", "step", "best", "scaling_factor", "training"} - checkpoint.keys()
-        if missing:
-            raise ValueError(f"without {', '.join(sorted(missing))}")
+        keys = ("state_dict", "config", "step", "best", "scaling_factor", "training")
+        same_keys("checkpoint", checkpoint, keys)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        code = re.search(r"GLOBAL (\S+)", str(error))           # torch's advice is to switch the safety off
+        reason = f"it would run {code[1]}" if code else (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path}: no checkpoint of vaegan.py ({reason}); give a last.pt or best.pt, or move "
                          "this file away") from None
     return checkpoint
@@ -1332,7 +1585,8 @@ def save_collapse(error, monitor, rows, out):
     """collapse.json: the error and the limits. collapse.png: rows, {label: (n, 3, H, W)}, and with matplotlib
     the signs of the last 200 steps as multiples of their limits. Needs: save_png, write_whole."""
     content = vars(error) | dict(limits=monitor.limits, up=monitor.since)
-    write_whole(out / "collapse.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(out / "collapse.json", lambda file: file.write(text.encode()))
     picture = torch.cat([torch.cat(list(images[:4]), dim=2) for images in rows.values()], dim=1)
     save_png(picture, out / "collapse.png")
     try:
@@ -1510,8 +1764,12 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Run a command line -> exit status: 0 done, 2 bad input, 3 collapsed, 130 interrupted."""
+    """Run a command line -> exit status: 0 done, 1 a fault, 2 bad input, 3 collapsed, 130 and 143 interrupted
+    by SIGINT and SIGTERM."""
     is_main = int(os.environ.get("RANK", 0)) == 0
+    for stream in (sys.stdout, sys.stderr):                     # a terminal or file name that is not UTF-8
+        if hasattr(stream, "reconfigure"):                      # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         flags = parse(argv)
         if flags.pop("command") == "eval":
@@ -1525,12 +1783,15 @@ def main(argv=None):
                 print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes that one")
         train(Config.of(preset, **flags))
         return 0
-    except UsageError as error:
-        status, line = 2, error
+    except UsageError as error:                                 # a loader's process adds its traceback
+        status, line = 2, str(error).split("UsageError: ")[-1].strip()
+    except RunError as error:
+        status, line = 1, error
     except CollapseError as error:
         status, line = 3, error
-    except KeyboardInterrupt:
-        status, line = 130, "interrupted; the same command continues from the last save, if there is one"
+    except KeyboardInterrupt as error:
+        number, line = error.args or (signal.SIGINT, "interrupted before the first step")
+        status = 128 + number
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
