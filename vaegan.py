@@ -1538,9 +1538,14 @@ def batches(trainer, dataset):
     process can run out of them before another. Needs: outlive_signals."""
     size, stride = trainer.cfg.batch_size, trainer.world * trainer.cfg.batch_size
     indices = (range(i, i + size) for i in itertools.count(trainer.drawn + trainer.rank * size, stride))
-    yield from torch.utils.data.DataLoader(
+    loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=indices, num_workers=trainer.cfg.workers, worker_init_fn=outlive_signals,
-        pin_memory=trainer.device.type == "cuda")
+        pin_memory=trainer.device.type == "cuda"))
+    try:
+        yield from loader
+    finally:                                                    # now, not when the garbage is collected, which
+        if trainer.cfg.workers:                                 # takes 5 s a process; torch has no public name
+            loader._shutdown_workers()
 
 
 def same_keys(name, state, wanted):
