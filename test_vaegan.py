@@ -2,6 +2,7 @@
 
     pytest test_vaegan.py               CPU, no network, no data, under three minutes
     python test_vaegan.py bench         wall time of the textbook step against ours
+    python test_vaegan.py faults [FOLDER]               kills, signals, full disks, bad files: what a run survives
     python test_vaegan.py collapse PHOTOS HELD_OUT      what the collapse monitor says of healthy and of ruined runs
 """
 
@@ -1326,7 +1327,7 @@ ALONE = {           # what to run with each class and function that is cut out
                      "save_collapse(vaegan.CollapseError(1, 'x', 2.0, 1.0, 'y', 'z', '--lr', {}), vaegan.CollapseMonitor(),"
                      " rows, Path(folder))",
     "write_whole": "write_whole(Path(folder) / 'a.pt', functools.partial(torch.save, dict(a=1)))",
-    "load": "torch.save(dict.fromkeys('state_dict config step best scaling_factor training'.split()), folder + '/b.pt')\n"
+    "load": "torch.save(dict(state_dict={}, config={}, step=0, best=[], scaling_factor=None, training={}), folder + '/b.pt')\n"
             "load(folder + '/b.pt')",
     "autoencoder": "autoencoder(vaegan.Config.of('tiny', ch=8))", "launch": "launch(vaegan.Config(device='cpu'))",
     "open_data": "open_data(vaegan.Config.of('tiny', data=folder))",
@@ -1378,7 +1379,7 @@ def test_checkpoints_are_read_as_weights_only():
 
 def command(*arguments, **environment):
     return subprocess.Popen([sys.executable, str(HERE / "vaegan.py"), *map(str, arguments)], text=True, encoding="utf8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=environment.pop("cwd", None),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=environment.pop("preexec_fn", None),
                             env={**os.environ, **OFFLINE, "PYTHONIOENCODING": "utf8", "OMP_NUM_THREADS": "1",
                                  "PYTHONUNBUFFERED": "1", **environment})
 
@@ -1810,7 +1811,7 @@ def test_a_signal_finishes_the_step_saves_prints_the_command_that_continues_and_
     step = int(re.search(r"interrupted; .*last.pt holds step (\d+)", err)[1])
     assert torch.load(run / "last.pt", weights_only=True)["step"] == step
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    words = shlex.split(re.search(r"^python vaegan.py (train .*)$", err, re.M)[1])
+    words = shlex.split(re.search(r"^python .*vaegan.py (train .*)$", err, re.M)[1])
     assert vaegan.main([*words, "--steps", str(step + 1)]) == 0
     assert f"continues after step {step} of {step + 1}; --steps 1000000 -> {step + 1}\n" in capsys.readouterr().out
 
@@ -2000,7 +2001,7 @@ def test_two_ranks_stop_at_the_same_step_and_one_goes_on(tmp_path, capsys):
     wait_for(process, 6)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    step = int(re.search(r"last.pt holds step (\d+). To go on:\ntorchrun --nproc-per-node 2 vaegan.py train", err)[1])
+    step = int(re.search(r"last.pt holds step (\d+). To go on:\ntorchrun --nproc-per-node 2 .*vaegan.py train", err)[1])
     assert step % 10 == 0 and torch.load(run / "last.pt", weights_only=True)["step"] == step
     assert in_this_process(*flags, "--steps", step + 2) == 0
     assert f"continues after step {step} of {step + 2}; " in (printed := capsys.readouterr().out) and "images an update 4 -> 2" in printed
@@ -2242,10 +2243,114 @@ def collapse_table(photos, held_out):
               f"{sum(sign in came for came in ups[True])} of {len(ups[True])} |")
 
 
+# --- python test_vaegan.py faults [FOLDER]: what a run survives; FOLDER: a collection of awkward images
+
+
+def kills(place, n=30):
+    """Kill -9 at random moments of a run, set-up included; then let it end, and compare it with an undisturbed one."""
+    flags = tiny_flags(place / "killed", "--data", write_photos(place / "photos", 7), "--workers", 2, "--steps", 2000, "--save-every", 3,
+                       "--log-every", 1, "--sample-every", 100, "--disc-start", "plateau", "--disc-lead", 100, "--disc-ramp", 300)
+    assert finish(command(*flags, "--out", place / "whole"))[0] == 0
+    moment, at, torn, lost = random.Random(0), [], 0, []
+    log, last = place / "killed/log.jsonl", place / "killed/last.pt"
+    while len(at) < n:
+        process = command(*flags)
+        time.sleep(moment.uniform(1.5, 5.5))
+        assert process.poll() is None, "it ended before the last kill"
+        process.kill()
+        process.wait()                                                          # its workers may live for some seconds
+        torn += any((place / "killed").rglob("*.unfinished")) if last.exists() else 0
+        at.append(len(log.read_text().splitlines()) if log.exists() else 0)
+        lost.append(at[-1] - (torch.load(last, weights_only=True)["step"] if last.exists() else 0))
+    status, printed, err = finish(command(*flags))
+    equal = same(outcome(place / "killed"), outcome(place / "whole"))
+    print(f"{n} kills, at steps {at}; up to {max(lost)} steps lost; {torn} of them in the middle of a save. In the end: status {status}, "
+          f"weights, optimisers, monitor and log of 2000 steps equal to the undisturbed run's, bit for bit: {equal}")
+
+
+def memory(place):
+    """Resident memory of preset tiny on the way, from /proc."""
+    process = command("train", "--preset", "tiny", "--steps", 2010, "--out", place / "memory", "--disc-start", 50, "--log-every", 10)
+    sizes, log = {}, place / "memory/log.jsonl"
+    while process.poll() is None:
+        time.sleep(0.05)
+        step = json.loads(lines[-1])["step"] if log.exists() and (lines := log.read_text().splitlines()) else 0
+        if step in (100, 500, 1000, 1500, 2000) and step not in sizes:
+            sizes[step] = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+    print("resident memory, MiB: " + ", ".join(f"step {step}: {size:.0f}" for step, size in sizes.items()))
+
+
+def faults(awkward=None):
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        start, photos = place / "start", write_photos(place / "photos", 7)
+        assert finish(command(*tiny_flags(start, "--steps", 8)))[0] == 0
+        print("| fault | status | it says |\n|---|---|---|", flush=True)
+
+        def row(fault, process, number=None, after=6, target=None):
+            if number:
+                wait_for(process, after)
+                for one in number if isinstance(number, tuple) else (number,):
+                    os.kill(target(process) if target else process.pid, one)
+                    time.sleep(0.05)
+            status, out, err = finish(process)
+            told = [line for line in re.split(r"[\r\n]", out + err) if re.search(
+                r"no checkpoint|does not fit|trained with|continues|vaegan.py: |last.pt holds|cannot be|drifted|skipped=", line)]
+            bars = [re.search(r"skipped=\d+", line)[0] for line in told if "skipped=" in line]
+            told = [line for line in told if "skipped=" not in line and "once more" not in line] + bars[-1:]
+            told = "; ".join(dict.fromkeys(told)).replace(folder + "/", "")
+            print(f"| {fault} | {status} | {told} |", flush=True)
+
+        def changed(fault, change, *more):
+            run = shutil.copytree(start, place / re.sub(r"\W", "-", fault))
+            change(run)
+            row(fault, command(*tiny_flags(run, "--steps", 12, *more)))
+
+        def edit(run, what):
+            checkpoint = torch.load(run / "last.pt", weights_only=True)
+            spoil(checkpoint, what)
+            torch.save(checkpoint, run / "last.pt")
+
+        changed("last.pt cut in half", lambda run: (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:50_000]))
+        changed("last.pt of 0 bytes", lambda run: (run / "last.pt").write_bytes(b""))
+        changed("last.pt that would run code", lambda run: torch.save(Evil(), run / "last.pt"))
+        changed("last.pt gone", lambda run: (run / "last.pt").unlink())
+        changed("a weight of another shape", lambda run: edit(run, "shape"))
+        changed("a part that is missing", lambda run: edit(run, "part"))
+        changed("another --ch", lambda run: None, "--ch", 16)
+        limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        row("no room for a checkpoint", command(*tiny_flags(start, "--steps", 12), preexec_fn=limited))
+        flags = lambda name, *more: tiny_flags(place / name, "--steps", 10 ** 6, "--disc-start", 6, "--workers", 1, *more)
+        row("Ctrl-C", command(*flags("int")), signal.SIGINT)
+        row("SIGTERM", command(*flags("term")), signal.SIGTERM)
+        row("Ctrl-C twice", command(*flags("twice", "--image-size", 96, "--batch-size", 24)), (signal.SIGINT, signal.SIGINT))
+        first = command(*flags("lock"))
+        wait_for(first, 6)
+        row("a second run on the folder", command(*flags("lock")))
+        first.kill()
+        row("the same after the first one was killed", command(*flags("lock", "--steps", 20)))
+        rank = lambda process: int(subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()[1])
+        row("two ranks: SIGTERM to torchrun", start_torchrun(*flags("ranks")), signal.SIGTERM)
+        row("two ranks: one is killed", start_torchrun(*flags("dies")), signal.SIGKILL, target=rank)
+        row("two ranks: one is killed, --max-restarts 1", start_torchrun(*flags("restarts", "--steps", 100), restarts=1), signal.SIGKILL,
+            target=rank)
+        bad_images(place / "bad")
+        row("bad images, one of each kind", command(*flags("images", "--data", place / "bad", "--steps", 30)))
+        for i in range(1, 5):
+            (photos / f"{i:02d}.jpg").write_text("no image")
+        row("over half of the images bad", command(*flags("half", "--data", photos)))
+        if awkward:
+            row("a collection of awkward images", command(*flags("awkward", "--data", awkward, "--steps", 1200)))
+        memory(place)
+        kills(place)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["bench"]:
         bench()
+    elif sys.argv[1:2] == ["faults"]:
+        faults(*sys.argv[2:])
     elif len(sys.argv) == 4 and sys.argv[1] == "collapse":
         collapse_table(*sys.argv[2:])
     else:
-        sys.exit("python test_vaegan.py bench | collapse PHOTOS HELD_OUT, or: pytest test_vaegan.py")
+        sys.exit("python test_vaegan.py bench | faults [FOLDER] | collapse PHOTOS HELD_OUT, or: pytest test_vaegan.py")

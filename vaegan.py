@@ -24,7 +24,7 @@ Every class and function runs when cut out with what its docstring names under "
 import argparse, contextlib, copy, functools, hashlib, itertools, json, math, os, platform, re
 import shlex, shutil, signal, sys, threading, time, warnings
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -798,8 +798,9 @@ class ImageFolder(torch.utils.data.Dataset):
                 for file, error in skipped:
                     self.report(error, file)
                 return picture
-        raise UsageError(f"{self.root}: {int(self.broken.sum())} of {len(self)} image files cannot be decoded; "
-                         "take them away, or give another folder")
+        broken = int(self.broken.sum())
+        raise UsageError(f"{self.root}: {broken} of {len(self)} image files cannot be decoded; take them away, or "
+                         "give another folder")
 
     @staticmethod
     def report(error, file=None):
@@ -1044,7 +1045,7 @@ class Trainer:
             training=dict({name: part.state_dict() for name, part in self.parts.items()}, loop=loop))))
 
     def restore(self, path, checkpoint):
-        """Continue from what load(path) gave -> the flags that changed, as text. UsageError: it does not fit."""
+        """Continue from what load(path) gave -> what changed, as text. UsageError if it does not fit."""
         was, now, changes, changed, groups = checkpoint["config"], asdict(self.cfg), "", set(), set()
         for f in fields(self.cfg):
             old, new, flag = was.get(f.name), now[f.name], "--" + f.name.replace("_", "-")
@@ -1347,7 +1348,8 @@ def command_line(cfg):
             words += [f"--no-{flag}"] if value == (False,) else [f"--{flag}", *map(str, value)]
     ranks = os.environ.get("LOCAL_WORLD_SIZE")                  # set by torchrun
     program = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
-    return shlex.join([*program, "vaegan.py", "train", "--preset", cfg.preset, *words])
+    script = sys.argv[0] if os.path.basename(sys.argv[0]) == "vaegan.py" else "vaegan.py"
+    return shlex.join([*program, script, "train", "--preset", cfg.preset, *words])
 
 
 def launch(cfg):
@@ -1361,11 +1363,11 @@ def launch(cfg):
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    store, rank, world = next(dist.rendezvous("env://"))        # after a restart torchrun's (2.15) still holds
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":          # the old addresses; among nodes counts differ
+    store, rank, world = next(dist.rendezvous("env://"))        # after a restart it still holds the old
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":          # addresses (torch 2.15); nodes count apart
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                            timeout=timedelta(minutes=10))
+                            timeout=timedelta(minutes=30))
     return device, rank, world
 
 
@@ -1399,8 +1401,8 @@ def writing(path):
     except (OSError, RuntimeError) as error:                    # torch.save hides the former in the latter
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or cause
-        raise RunError(f"{path} cannot be written: {reason}. What was there is as it was; once this is mended, "
-                       "the same command goes on from the last save") from None
+        raise RunError(f"{path} cannot be written: {reason}. What was there is as it was; once this is "
+                       "mended, the same command goes on from the last save") from None
 
 
 def write_whole(path, write):
@@ -1480,7 +1482,7 @@ def resume(trainer, out, say):
             for problem in problems:
                 say(f"{problem}")
             say(f"{out}: continues after step {trainer.step} of {trainer.cfg.steps}"
-                f"{f' from {path.name}' if problems else ''}{changes}")
+                f"{'' if path.name == 'last.pt' else f', from {path.name}'}{changes}")
             return path
     if problems:
         raise problems[0]
@@ -1543,9 +1545,9 @@ def batches(trainer, dataset):
         pin_memory=trainer.device.type == "cuda"))
     try:
         yield from loader
-    finally:                                                    # now, not when the garbage is collected, which
-        if trainer.cfg.workers:                                 # takes 5 s a process; torch has no public name
-            loader._shutdown_workers()
+    finally:
+        if trainer.cfg.workers:                                 # else they end when garbage is collected, in
+            loader._shutdown_workers()                          # 5 s each; there is no public name for it
 
 
 def same_keys(name, state, wanted):
@@ -1562,11 +1564,15 @@ def load(path):
     same_keys."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        keys = ("state_dict", "config", "step", "best", "scaling_factor", "training")
-        same_keys("checkpoint", checkpoint, keys)
+        kinds = dict(state_dict=dict, config=dict, step=int, best=list, training=dict)
+        same_keys("checkpoint", checkpoint, [*kinds, "scaling_factor"])
+        for key, kind in kinds.items():
+            if not isinstance(checkpoint[key], kind):
+                raise ValueError(f"{key} is no {kind.__name__}")
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))           # torch's advice is to switch the safety off
-        reason = f"it would run {code[1]}" if code else (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"it would run {code[1]}" if code else (
+            f"cut short, or not one at all: {(str(error) or type(error).__name__).splitlines()[0]}")
         raise UsageError(f"{path}: no checkpoint of vaegan.py ({reason}); give a last.pt or best.pt, or move "
                          "this file away") from None
     return checkpoint
@@ -1712,13 +1718,14 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
 def eval_command(checkpoint, data, save_to, image_size, perceptual_net, device):
     """`python vaegan.py eval`: print one table. Needs: all of the file."""
     content = load(checkpoint)
-    cfg = Config(**{f.name: content["config"][f.name] for f in fields(Config) if f.name in content["config"]})
-    cfg = replace(cfg, data=data, val="", device=device, image_size=image_size or cfg.image_size)
-    device, vae, without = launch(cfg)[0], autoencoder(cfg), ""
     try:
+        was = {f.name: content["config"][f.name] for f in fields(Config) if f.name in content["config"]}
+        vae = autoencoder(Config(**was))
         vae.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{checkpoint}: {' '.join(str(error).split())[:300]}; give another one") from None
+    cfg = Config(**was | dict(data=data, val="", device=device, image_size=image_size or was["image_size"]))
+    device, without = launch(cfg)[0], ""
     dataset = ImageFolder(data, cfg.image_size, train=False) if data else open_data(cfg)[1]
     try:
         perceptual = Perceptual(perceptual_net).to(device)
