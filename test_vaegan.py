@@ -1379,7 +1379,8 @@ def test_checkpoints_are_read_as_weights_only():
 
 def command(*arguments, **environment):
     return subprocess.Popen([sys.executable, str(HERE / "vaegan.py"), *map(str, arguments)], text=True, encoding="utf8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=environment.pop("preexec_fn", None),
+                            stdout=subprocess.PIPE, stderr=environment.pop("stderr", subprocess.PIPE),
+                            preexec_fn=environment.pop("preexec_fn", None),
                             env={**os.environ, **OFFLINE, "PYTHONIOENCODING": "utf8", "OMP_NUM_THREADS": "1",
                                  "PYTHONUNBUFFERED": "1", **environment})
 
@@ -2270,7 +2271,8 @@ def kills(place, n=30):
 
 def memory(place):
     """Resident memory of preset tiny on the way, from /proc."""
-    process = command("train", "--preset", "tiny", "--steps", 2010, "--out", place / "memory", "--disc-start", 50, "--log-every", 10)
+    process = command("train", "--preset", "tiny", "--steps", 2010, "--out", place / "memory", "--disc-start", 50, "--log-every", 10,
+                      stderr=subprocess.DEVNULL)
     sizes, log = {}, place / "memory/log.jsonl"
     while process.poll() is None:
         time.sleep(0.05)

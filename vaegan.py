@@ -799,8 +799,8 @@ class ImageFolder(torch.utils.data.Dataset):
                     self.report(error, file)
                 return picture
         broken = int(self.broken.sum())
-        raise UsageError(f"{self.root}: {broken} of {len(self)} image files cannot be decoded; take them away, or "
-                         "give another folder")
+        raise UsageError(f"{self.root}: {broken} of {len(self)} image files cannot be decoded; take them "
+                         "away, or give another folder")
 
     @staticmethod
     def report(error, file=None):
@@ -1452,18 +1452,17 @@ def claimed(out):
         return
     with writing(out / "lock"):
         file = open(out / "lock", "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):              # EAGAIN, EACCES: another process has it
+            file.seek(0)
+            raise UsageError(f"--out {out}: {file.read().strip()} trains there; wait until it has ended, or "
+                             "take another --out") from None
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
+        file.flush()
     with file:
-        with writing(out / "lock"):
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):          # EAGAIN, EACCES: another process has it
-                file.seek(0)
-                raise UsageError(f"--out {out}: {file.read().strip()} trains there; wait until it has ended, "
-                                 "or take another --out") from None
-            file.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
-            file.flush()
         yield
 
 
@@ -1480,7 +1479,7 @@ def resume(trainer, out, say):
         if checkpoint:
             changes = trainer.restore(path, checkpoint)
             for problem in problems:
-                say(f"{problem}")
+                say(str(problem))
             say(f"{out}: continues after step {trainer.step} of {trainer.cfg.steps}"
                 f"{'' if path.name == 'last.pt' else f', from {path.name}'}{changes}")
             return path
@@ -1552,11 +1551,9 @@ def batches(trainer, dataset):
 
 def same_keys(name, state, wanted):
     """Raise ValueError naming the keys that a dict lacks or has too many. Needs: nothing."""
-    lacks, unknown = sorted({*wanted} - {*state}), sorted({*state} - {*wanted})
-    if lacks or unknown:
-        parts = [f"{what} {', '.join(keys[:5])}" + f" and {len(keys) - 5} more" * (len(keys) > 5)
-                 for what, keys in (("without", lacks), ("unknown", unknown)) if keys]
-        raise ValueError(f"{name}: {'; '.join(parts)}")
+    for what, keys in (("without", {*wanted} - {*state}), ("unknown", {*state} - {*wanted})):
+        if keys:
+            raise ValueError(f"{name}: {what} {', '.join(sorted(map(str, keys)))}"[:300])
 
 
 def load(path):
@@ -1802,7 +1799,7 @@ def main(argv=None):
     except CollapseError as error:
         status, line = 3, error
     except KeyboardInterrupt as error:
-        number, line = error.args or (signal.SIGINT, "interrupted before the first step")
+        number, line = error.args or (signal.SIGINT, "interrupted")
         status = 128 + number
     finally:
         if dist.is_available() and dist.is_initialized():
