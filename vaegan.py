@@ -24,7 +24,7 @@ Every class and function runs when cut out with what its docstring names under "
 import argparse, contextlib, copy, functools, hashlib, itertools, json, math, os, platform, re
 import shlex, shutil, signal, sys, threading, time, warnings
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class UsageError(ValueError):
     """Bad input in one line: the flag or file, its value, the way out. The command exits with 2."""
 
 
-class RunError(RuntimeError):
+class RunError(Exception):
     """What ends a run from outside, a full disk for one, in one line with the way out. It exits with 1."""
 
 
@@ -749,7 +749,8 @@ class ImageFolder(torch.utils.data.Dataset):
         known = {suffix for suffix, kind in Image.registered_extensions().items()
                  if kind in Image.OPEN and kind != "EPS"}       # EPS is a program, run by Ghostscript
         files, seen = [], set()
-        for folder, folders, names in os.walk(root, onerror=self.report, followlinks=True):
+        for folder, folders, names in os.walk(root, onerror=self.report if train else None,
+                                              followlinks=True):
             if os.path.realpath(folder) in seen:                # links in a circle
                 folders.clear()
                 continue
@@ -798,16 +799,18 @@ class ImageFolder(torch.utils.data.Dataset):
                 for file, error in skipped:
                     self.report(error, file)
                 return picture
-        broken = int(self.broken.sum())
-        raise UsageError(f"{self.root}: {broken} of {len(self)} image files cannot be decoded; take them "
-                         "away, or give another folder")
+        last = "".join(f" ({self.reason(error, file)})" for file, error in skipped[-1:])
+        raise UsageError(f"{self.root}: {int(self.broken.sum())} of {len(self)} image files cannot be "
+                         f"decoded; take them away, or give another folder{last}")
 
     @staticmethod
-    def report(error, file=None):
-        """Say in one line, whatever bytes the name has, why a file or (from os.walk) a folder is left out."""
-        line = f"skipped {file or error.filename}: {error or type(error).__name__}"
-        line = line if line.isprintable() else line.encode("unicode_escape").decode()
-        tqdm.write(line, file=sys.stderr)
+    def reason(error, file):
+        """Why a file, or a folder, is left out: one line, whatever bytes its name has."""
+        line = f"{file}: {error or type(error).__name__}"
+        return line if line.isprintable() else line.encode("unicode_escape").decode()
+
+    def report(self, error, file=None):
+        tqdm.write(f"skipped {self.reason(error, file or error.filename)}", file=sys.stderr)
 
     def decodes(self, file):
         try:
@@ -1035,57 +1038,63 @@ class Trainer:
             terms["grad_norm_" + name] = clip_grad_norm_(self.weights[name], self.cfg.clip or math.inf)
         self.scaler.step(optimiser)
 
-    def save(self, path):
-        """Write a checkpoint; its `state_dict` is what opens in diffusers."""
+    def content(self):
+        """What a checkpoint holds; its `state_dict` is what opens in diffusers."""
         loop = dict(drawn=self.drawn, images_an_update=self.images_an_update, seen=self.seen,
                     events=self.events)
-        write_whole(path, functools.partial(torch.save, dict(
+        return dict(
             state_dict=self.average.state_dict(), config=asdict(self.cfg), step=self.step, best=self.best,
             scaling_factor=self.scaling_factor,
-            training=dict({name: part.state_dict() for name, part in self.parts.items()}, loop=loop))))
+            training=dict({name: part.state_dict() for name, part in self.parts.items()}, loop=loop))
+
+    def save(self, path):
+        write_whole(path, functools.partial(torch.save, self.content()))
 
     def restore(self, path, checkpoint):
-        """Continue from what load(path) gave -> what changed, as text. UsageError if it does not fit."""
-        was, now, changes, changed, groups = checkpoint["config"], asdict(self.cfg), "", set(), set()
-        for f in fields(self.cfg):
-            old, new, flag = was.get(f.name), now[f.name], "--" + f.name.replace("_", "-")
-            if old != new and f.metadata["group"] == "model":
-                raise UsageError(f"{flag} {new}: {path} was trained with {old}; take that or another --out")
-            if old != new and f.name not in ("out", "resume"):
-                changes += f"; {flag} {old} -> {new}"
-                changed.add(f.name)
-                groups.add(f.metadata["group"])
+        """Continue from what load(path) gave -> what changed, as text. UsageError: it does not fit."""
+        was, now = checkpoint["config"], asdict(self.cfg)
+        changed = {f.name: f for f in fields(self.cfg)
+                   if was.get(f.name) != now[f.name] and f.name not in ("out", "resume")}
+        for name, f in changed.items():
+            if f.metadata["group"] == "model":
+                raise UsageError(f"--{name.replace('_', '-')} {now[name]}: {path} was trained with "
+                                 f"{was.get(name)}; take that or another --out")
+        groups = {f.metadata["group"] for f in changed.values()}
+        wanted, training = self.content() | dict(config={}), checkpoint["training"]
+        wanted["training"]["monitor"] = CollapseMonitor().state_dict()      # empty: its contents vary
+        wanted["training"]["warm_up"]["start"] = wanted["scaling_factor"] = None            # these too
         try:
-            training, loop = checkpoint["training"], checkpoint["training"].get("loop", {})
-            same_keys("training", training, [*self.parts, "loop"])
-            same_keys("loop", loop, ["drawn", "images_an_update", "seen", "events"])
-            for name, part in self.parts.items():
-                wanted = part.state_dict()
-                if training[name] and wanted:                   # without fp16 the scaler has no state
-                    same_keys(name, training[name], wanted)
-                    part.load_state_dict(training[name])
-            for optimiser in (self.optimiser, self.optimiser_disc):
-                for p, state in optimiser.state.items():        # load_state_dict does not look
-                    same_keys("optimiser", state, ["step", "exp_avg", "exp_avg_sq"])
-                    if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
-                        raise ValueError(f"size mismatch in an optimiser: {[*state['exp_avg'].shape]}, not "
-                                         f"{[*p.shape]}")
-            if self.ema:
-                self.average.load_state_dict(checkpoint["state_dict"])
-                self.ema.n_averaged.fill_(checkpoint["step"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"{path} does not fit: {reason}; move it away") from None
-        if changed & {"data", "val", "image_size", "pixel_loss", "perceptual_weight", "perceptual_net"}:
-            self.monitor = self.parts["monitor"] = CollapseMonitor(grace=self.monitor.grace)    # all is new
+            same_kind("training", training, dict.fromkeys(wanted["training"]))
+            for name in "optimiser", "optimiser_disc":          # the state of Adam comes with its first step,
+                adam = {i: dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p)      # the rest with the flags
+                        for i, p in enumerate(self.parts[name].param_groups[0]["params"])}
+                wanted["training"][name]["state"] = adam if training[name]["state"] else {}
+                training[name]["param_groups"] = wanted["training"][name]["param_groups"]
+            if not training["scaler"]:                          # it was not fp16
+                wanted["training"]["scaler"] = {}
+            same_kind("checkpoint", checkpoint, wanted)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} does not fit: {error}; move it away") from None
         if groups & {"losses", "warm-up"}:
-            self.warm_up.restarts = 0                           # a new try
+            training["warm_up"]["restarts"] = 0                 # a new try
+        for name, part in self.parts.items():
+            if training[name]:
+                part.load_state_dict(training[name])
+        if self.ema:
+            self.average.load_state_dict(checkpoint["state_dict"])
+            self.ema.n_averaged.fill_(checkpoint["step"])
         self.step, self.best = checkpoint["step"], checkpoint["best"]
-        self.scaling_factor = checkpoint["scaling_factor"]
+        self.scaling_factor, loop = checkpoint["scaling_factor"], training["loop"]
         self.drawn, self.seen, self.events = loop["drawn"], loop["seen"], loop["events"]
+        data = {"data", "val", "image_size", "perceptual_weight", "perceptual_net"} & {*changed}
+        if data or "pixel_loss" in changed:
+            self.monitor = self.parts["monitor"] = CollapseMonitor(grace=self.monitor.grace)    # all is new
+        if data or "disc_weight" in changed and 0 in (was["disc_weight"], now["disc_weight"]):
+            self.best = [0, -math.inf]                          # of another measure
+        changes = [(f"--{name.replace('_', '-')}", was.get(name), now[name]) for name in changed]
         if loop["images_an_update"] != self.images_an_update:
-            changes += f"; images an update {loop['images_an_update']} -> {self.images_an_update}"
-        return changes
+            changes.append(("images an update", loop["images_an_update"], self.images_an_update))
+        return "".join(f"; {name} {old} -> {new}" for name, old, new in changes)
 
     def roll_back(self, path):
         """Continue from a checkpoint with the GAN off, later at half of the weight that it had now."""
@@ -1099,9 +1108,9 @@ def train(cfg):
     """Train as `cfg` says, alone or as one of torchrun's processes, and continue the run that cfg.out holds.
 
     -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, previous.pt, best.pt, healthy.pt. Raises
-    UsageError before anything is changed, CollapseError after it has saved what shows it, RunError where a
-    file cannot be written, KeyboardInterrupt(number of the signal, text) after it has saved the run.
-    Needs: all of the file.
+    UsageError before anything is changed, or when too many images have turned out bad; CollapseError after
+    it has saved what shows it; RunError where a file cannot be written; KeyboardInterrupt(number of the
+    signal, text) after it has saved the run. Needs: all of the file.
     """
     device, rank, world = launch(cfg)
     say = tqdm.write if rank == 0 else lambda line: None
@@ -1115,7 +1124,7 @@ def train(cfg):
     with claimed(out) if rank == 0 else contextlib.nullcontext(), Signals(rank, world) as signals:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # by torchrun, after a fault
         path = resume(trainer, out, say) if cfg.resume or restarted else None
-        meet(device)                                            # all have read it; rank 0 may write
+        compare_ranks(trainer)                                  # all have read the same; rank 0 may write
         if rank == 0:
             open_folder(out, trainer, path)
         with tqdm(total=cfg.steps, initial=trainer.step, disable=rank > 0, dynamic_ncols=True) as bar:
@@ -1123,7 +1132,7 @@ def train(cfg):
                 bar.n = trainer.step
                 with contextlib.closing(batches(trainer, train_set)) as images:
                     loop(trainer, images, train_set, few, shown, out, say, bar, signals)
-        meet(device)                                            # rank 0 measures and saves last
+        meet()                                                  # rank 0 measures and saves last
     say(f"{out}: {max(trainer.step, cfg.steps)} steps done; a larger --steps goes on from here")
     return trainer
 
@@ -1150,9 +1159,7 @@ def loop(trainer, images, train_set, few, shown, out, say, bar, signals):
         to_log, to_sample, to_save, to_check = (
             done % every == 0 or done == cfg.steps
             for every in (cfg.log_every, cfg.sample_every, cfg.save_every, trainer.look_every))
-        stop = signals.caught                                   # ranks agree where they wait for each other
-        if trainer.world > 1:
-            stop = meet(trainer.device, stop) if to_check else 0
+        stop = meet(signals.caught)                             # all processes, or none
         to_save |= comes_on
         to_log |= to_sample or to_save
         if not (to_log or to_check or stop):
@@ -1183,6 +1190,8 @@ def loop(trainer, images, train_set, few, shown, out, say, bar, signals):
             if trainer.rank == 0:
                 second_name(out / "last.pt", out / "healthy.pt")
             unproven = None
+        if to_save or stop:
+            compare_ranks(trainer)
         if to_log:
             speed = (done - clock[0]) * trainer.images_an_update / (time.perf_counter() - clock[1])
             record = dict(step=done, **average(trainer.seen), lr=trainer.optimiser.param_groups[0]["lr"],
@@ -1200,14 +1209,13 @@ def loop(trainer, images, train_set, few, shown, out, say, bar, signals):
                 add_record(out / "log.jsonl", record)           # before the save, or a kill could lose it
             clock = done, time.perf_counter()
         if to_save or stop:
-            compare_ranks(trainer)
             if trainer.rank == 0:
                 save_last(trainer, out)
                 if (comes_on or done == cfg.steps) and not alarm:
                     second_name(out / "last.pt", out / "healthy.pt")
             unproven = done
         if stop and done < cfg.steps:
-            meet(trainer.device)                                # or torchrun ends rank 0 while it saves
+            meet()                                              # or torchrun ends rank 0 while it saves
             raise KeyboardInterrupt(stop, f"interrupted; {out}/last.pt holds step {done}. To go on:\n"
                                     + command_line(cfg))
 
@@ -1248,7 +1256,7 @@ def collapse(error, trainer, out, shown, say):
             save_collapse(error, trainer.monitor, rows, out)
         except Exception as problem:                            # no picture is worth a run
             say(f"{out}: collapse.png or collapse.json could not be made: {problem}")
-    meet(trainer.device)                                        # or torchrun ends rank 0 while it writes
+    meet()                                                      # or torchrun ends rank 0 while it writes
     if gives_up:
         raise error
     trainer.roll_back(out / "healthy.pt")
@@ -1256,7 +1264,7 @@ def collapse(error, trainer, out, shown, say):
              f"next plateau, then {trainer.warm_up.top:g} of its weight")
     say(f"{error}\n{event}")
     trainer.events.append(event)
-    meet(trainer.device)                                        # or rank 0 writes what others read
+    meet()                                                      # or rank 0 writes what others read
     if rank_0:
         trainer.save(out / "last.pt")
         second_name(out / "last.pt", out / "healthy.pt")
@@ -1284,11 +1292,11 @@ def average_over_ranks(tensor):
     return tensor
 
 
-def meet(device, number=0):
+def meet(number=0):
     """Wait until all processes are here -> the largest of their numbers, integers. Needs: nothing."""
     if not (dist.is_available() and dist.is_initialized()):
         return number
-    largest = torch.tensor(number, device=device)
+    largest = torch.tensor(number)                              # on the CPU: no GPU has to wait
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
@@ -1298,9 +1306,9 @@ def compare_ranks(trainer):
     if trainer.world > 1:
         bits = sum(int(p.detach().view(torch.int32).sum(dtype=torch.int64))
                    for net in (trainer.vae, trainer.disc) for p in net.parameters())
-        if meet(trainer.device, bits) != -meet(trainer.device, -bits):
+        if meet(bits) != -meet(-bits):
             raise RunError(f"step {trainer.step}: the processes' weights have drifted apart, by a fault of a "
-                           "machine or of the code; nothing was saved, the same command goes on from last.pt")
+                           "machine or of the code; not saved, the same command goes on from last.pt")
 
 
 class Signals:
@@ -1332,10 +1340,9 @@ class Signals:
 
 
 def outlive_signals(worker):
-    """For a loader's process: the first signal is not its own business; what should end it may take 30 s,
-    time for the process that trains to save. Needs: nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    """For a loader's process: a first signal is for the process that trains, which then still needs batches.
+    Needs: Signals."""
+    Signals(rank=1, world=2).__enter__()
 
 
 def command_line(cfg):
@@ -1344,8 +1351,8 @@ def command_line(cfg):
     for f in fields(cfg):
         value, flag = getattr(cfg, f.name), f.name.replace("_", "-")
         if value != getattr(usual, f.name) and f.name != "resume":
-            value = value if isinstance(value, tuple) else (value,)
-            words += [f"--no-{flag}"] if value == (False,) else [f"--{flag}", *map(str, value)]
+            values = [] if value is True else value if isinstance(value, tuple) else [value]
+            words += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, values)]
     ranks = os.environ.get("LOCAL_WORLD_SIZE")                  # set by torchrun
     program = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
     script = sys.argv[0] if os.path.basename(sys.argv[0]) == "vaegan.py" else "vaegan.py"
@@ -1366,8 +1373,8 @@ def launch(cfg):
     store, rank, world = next(dist.rendezvous("env://"))        # after a restart it still holds the old
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":          # addresses (torch 2.15); nodes count apart
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                            timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world, timeout=timedelta(minutes=30))
     return device, rank, world
 
 
@@ -1398,11 +1405,12 @@ def writing(path):
     """Say in one line what cannot be written, and the way out. Needs: RunError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:                    # torch.save hides the former in the latter
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or cause
-        raise RunError(f"{path} cannot be written: {reason}. What was there is as it was; once this is "
-                       "mended, the same command goes on from the last save") from None
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__      # torch.save hides it there
+        if not isinstance(cause, OSError):
+            raise
+        raise RunError(f"{path} cannot be written: {cause.strerror or cause}. What was there is as it was; "
+                       "once this is mended, the same command goes on from the last save") from None
 
 
 def write_whole(path, write):
@@ -1418,23 +1426,25 @@ def write_whole(path, write):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
-        except (OSError, RuntimeError):
+        except BaseException:                                   # on a full disk it would be in the way
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise
 
 
 def second_name(path, name):
-    """Make `name` the same file, at no cost; a copy where the disk has no hard links. Needs: write_whole."""
+    """Make `name` the same file, at no cost; a copy where the disk has no hard links. Needs: write_whole,
+    writing."""
     beside = name.with_name(name.name + ".unfinished")
-    try:
+    with writing(name):
         beside.unlink(missing_ok=True)
-        os.link(path, beside)
+        try:
+            os.link(path, beside)
+        except OSError:
+            with open(path, "rb") as source:
+                return write_whole(name, functools.partial(shutil.copyfileobj, source))
         os.replace(beside, name)
         beside.unlink(missing_ok=True)                          # where it was the same file already
-    except OSError:
-        with open(path, "rb") as source:
-            write_whole(name, functools.partial(shutil.copyfileobj, source))
 
 
 @contextlib.contextmanager
@@ -1458,6 +1468,8 @@ def claimed(out):
             file.seek(0)
             raise UsageError(f"--out {out}: {file.read().strip()} trains there; wait until it has ended, or "
                              "take another --out") from None
+        except OSError as error:
+            tqdm.write(f"{out}: no lock, on this disk: {error.strerror}; keep other runs away from it")
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
@@ -1467,10 +1479,12 @@ def claimed(out):
 
 
 def resume(trainer, out, say):
-    """Continue from the first that can be read of last.pt, previous.pt and healthy.pt -> its path, or None
-    if there is none of them. Needs: load, UsageError."""
+    """Continue from the first of these that can be read -> its path, or None if none of them is there.
+
+    Needs: load, UsageError.
+    """
     problems = []
-    for path in (out / name for name in ("last.pt", "previous.pt", "healthy.pt")):
+    for path in (out / name for name in ("last.pt", "previous.pt", "healthy.pt", "best.pt")):
         try:
             checkpoint = load(path) if path.exists() else None
         except UsageError as problem:
@@ -1492,21 +1506,21 @@ def open_folder(out, trainer, path):
 
     Needs: keep_records, write_whole, second_name, writing.
     """
-    for left in [*out.glob("*.unfinished"), *out.glob("samples/*.unfinished")]:
-        with writing(left):
+    with writing(out):
+        for left in [*out.glob("*.unfinished"), *out.glob("samples/*.unfinished")]:
             left.unlink()
-    if path is None:
-        for old in ("last.pt", "previous.pt", "best.pt", "healthy.pt", "collapse.json", "collapse.png"):
-            (out / old).unlink(missing_ok=True)
-    elif path.name != "last.pt":
-        if (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "last.pt.broken")
-        second_name(path, out / "last.pt")
-    keep_records(out, trainer.step)
-    config = json.dumps(asdict(trainer.cfg), indent=1) + "\n"
-    write_whole(out / "config.json", lambda file: file.write(config.encode()))
-    if not (out / "healthy.pt").exists():
-        trainer.save(out / "healthy.pt")
+        if path is None:
+            for old in ("last.pt", "previous.pt", "best.pt", "healthy.pt", "collapse.json", "collapse.png"):
+                (out / old).unlink(missing_ok=True)
+        elif path.name != "last.pt":
+            if (out / "last.pt").exists():
+                os.replace(out / "last.pt", out / "last.pt.broken")
+            second_name(path, out / "last.pt")
+        keep_records(out, trainer.step)
+        config = json.dumps(asdict(trainer.cfg), indent=1) + "\n"
+        write_whole(out / "config.json", lambda file: file.write(config.encode()))
+        if not (out / "healthy.pt").exists():
+            trainer.save(out / "healthy.pt")
 
 
 def save_last(trainer, out):
@@ -1536,7 +1550,7 @@ def add_record(log, record):
 
 def batches(trainer, dataset):
     """This process' batches, from the image on that comes next: endless, (B, 3, H, W) uint8 each, so that no
-    process can run out of them before another. Needs: outlive_signals."""
+    process can run out of them before another. Needs: outlive_signals, UsageError."""
     size, stride = trainer.cfg.batch_size, trainer.world * trainer.cfg.batch_size
     indices = (range(i, i + size) for i in itertools.count(trainer.drawn + trainer.rank * size, stride))
     loader = iter(torch.utils.data.DataLoader(
@@ -1544,28 +1558,42 @@ def batches(trainer, dataset):
         pin_memory=trainer.device.type == "cuda"))
     try:
         yield from loader
+    except UsageError as error:
+        line = str(error).split("UsageError: ")[-1].strip()     # a loader's process adds its traceback
+        if trainer.rank:                                        # rank 0 says what all find out, this is ours
+            tqdm.write(f"vaegan.py: {line}", file=sys.stderr)
+        raise UsageError(line) from None
     finally:
         if trainer.cfg.workers:                                 # else they end when garbage is collected, in
             loader._shutdown_workers()                          # 5 s each; there is no public name for it
 
 
-def same_keys(name, state, wanted):
-    """Raise ValueError naming the keys that a dict lacks or has too many. Needs: nothing."""
-    for what, keys in (("without", {*wanted} - {*state}), ("unknown", {*state} - {*wanted})):
-        if keys:
-            raise ValueError(f"{name}: {what} {', '.join(sorted(map(str, keys)))}"[:300])
+def same_kind(name, state, wanted):
+    """Raise ValueError naming a key that is missing or too many, or a value of another shape or type. An
+    empty dict stands for any dict, None for anything. Needs: nothing."""
+    if wanted is None:
+        return
+    kinds = dict, torch.Tensor, (int, float), type(wanted)
+    kind = next(kind for kind in kinds if isinstance(wanted, kind))
+    if not isinstance(state, kind):
+        raise ValueError(f"{name}: {type(state).__name__}, not {type(wanted).__name__}")
+    if kind == torch.Tensor and state.shape != wanted.shape:
+        raise ValueError(f"{name}: shape {[*state.shape]}, not {[*wanted.shape]}")
+    if kind == dict and wanted:
+        for what, keys in (("without", {*wanted} - {*state}), ("unknown", {*state} - {*wanted})):
+            if keys:
+                raise ValueError(f"{name}: {what} {', '.join(sorted(map(str, keys)))}"[:300])
+        for key in wanted:
+            same_kind(f"{name}.{key}", state[key], wanted[key])
 
 
 def load(path):
     """A checkpoint as a dict of tensors and plain values: a file cannot run code. Needs: UsageError,
-    same_keys."""
+    same_kind."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = dict(state_dict=dict, config=dict, step=int, best=list, training=dict)
-        same_keys("checkpoint", checkpoint, [*kinds, "scaling_factor"])
-        for key, kind in kinds.items():
-            if not isinstance(checkpoint[key], kind):
-                raise ValueError(f"{key} is no {kind.__name__}")
+        wanted = dict(state_dict={}, config={}, step=0, best=[], scaling_factor=None, training={})
+        same_kind("checkpoint", checkpoint, wanted)
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))           # torch's advice is to switch the safety off
         reason = f"it would run {code[1]}" if code else (
@@ -1716,12 +1744,13 @@ def eval_command(checkpoint, data, save_to, image_size, perceptual_net, device):
     """`python vaegan.py eval`: print one table. Needs: all of the file."""
     content = load(checkpoint)
     try:
-        was = {f.name: content["config"][f.name] for f in fields(Config) if f.name in content["config"]}
-        vae = autoencoder(Config(**was))
+        flags = content["config"]
+        was = Config(**{f.name: flags[f.name] for f in fields(Config) if f.name in flags})
+        vae = autoencoder(was)
         vae.load_state_dict(content["state_dict"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:                                  # whatever stands in the file
         raise UsageError(f"{checkpoint}: {' '.join(str(error).split())[:300]}; give another one") from None
-    cfg = Config(**was | dict(data=data, val="", device=device, image_size=image_size or was["image_size"]))
+    cfg = replace(was, data=data, val="", device=device, image_size=image_size or was.image_size)
     device, without = launch(cfg)[0], ""
     dataset = ImageFolder(data, cfg.image_size, train=False) if data else open_data(cfg)[1]
     try:
@@ -1792,8 +1821,8 @@ def main(argv=None):
                 print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes that one")
         train(Config.of(preset, **flags))
         return 0
-    except UsageError as error:                                 # a loader's process adds its traceback
-        status, line = 2, str(error).split("UsageError: ")[-1].strip()
+    except UsageError as error:
+        status, line = 2, error
     except RunError as error:
         status, line = 1, error
     except CollapseError as error:
