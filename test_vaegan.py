@@ -14,6 +14,7 @@ import fcntl
 import functools
 import gc
 import inspect
+import io
 import itertools
 import json
 import math
@@ -48,6 +49,12 @@ from vaegan import (AttnBlock, AutoencoderKL, CollapseError, CollapseMonitor, Co
 HERE = Path(__file__).parent
 SMALL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1)
 OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tensors as small as these are slower on two."""
+    torch.set_num_threads(1)
 
 
 def small_nets(dtype=torch.float32, seed=0):
@@ -1411,7 +1418,7 @@ def tiny_flags(out, *more):
             "--out", out, *more]
 
 
-def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
+def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path, capsys):
     photos, out = write_photos(tmp_path / "photos", 6), tmp_path / "run"
     flags = tiny_flags(out, "--data", photos, "--workers", 1)
     status, printed, err = finish(command(*flags, "--steps", 6))
@@ -1423,8 +1430,9 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
     assert (config["preset"], config["ch"], config["steps"]) == ("tiny", 8, 6)
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 7}\n{"step": 7, "l1": 0.')                          # killed after the last save
-    status, printed, err = finish(command(*flags, "--steps", 8))
-    assert status == 0 and "continues after step 6 of 8" in printed and "--steps 6 -> 8" in printed, err
+    assert in_this_process(*flags, "--steps", 8) == 0
+    printed = capsys.readouterr().out
+    assert "continues after step 6 of 8" in printed and "--steps 6 -> 8" in printed
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [2, 3, 4, 6, 8]                      # 3: the GAN comes on, and it is saved
     promised = {"l1", "l2", "lpips", "kl", "kl_dim", "lr", "images_per_s", "grad_norm_enc", "grad_norm_dec"}
@@ -1455,10 +1463,13 @@ def test_the_warm_up_ends_by_itself_and_the_log_says_when_and_why(tmp_path, monk
     assert math.isclose(records[4]["grad_ratio"], (0.25 + 0.5) / 2, rel_tol=1e-3)       # ramp: steps 6 and 7
 
 
-def test_eval_prints_one_table_and_saves_both_sets_of_images(tmp_path):
+def test_eval_prints_one_table_and_saves_both_sets_of_images(tmp_path, monkeypatch, capsys):
     photos, out = write_photos(tmp_path / "photos", 3), tmp_path / "run"
     assert in_this_process(*tiny_flags(out, "--steps", 2)) == 0                 # dead leaves: no data needed
-    status, printed, _ = finish(command("eval", "--checkpoint", out / "last.pt", TORCH_HOME=str(tmp_path)))
+    for name, value in {**OFFLINE, "TORCH_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    status, printed = in_this_process("eval", "--checkpoint", out / "last.pt"), capsys.readouterr().out
     record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])       # measured on the saved average
     assert status == 0 and math.isclose(float(re.search(r"psnr +(\S+)", printed)[1]), record["val_psnr"], rel_tol=1e-3)
     status, printed, err = finish(command("eval", "--checkpoint", out / "best.pt", "--data", photos, "--save",
@@ -1517,12 +1528,12 @@ def test_a_checkpoint_of_another_width_is_named_and_left_alone(tmp_path, capsys)
     assert vaegan.load(tmp_path / "run/best.pt")["config"]["ch"] == 16 and not (tmp_path / "run/previous.pt").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_status_3_and_keeps_the_last_save(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_with_status_3_and_keeps_the_last_save(tmp_path, capsys):
     assert in_this_process(*tiny_flags(tmp_path / "run", "--steps", 4)) == 0
     before = (tmp_path / "run/last.pt").read_bytes()
-    status, _, err = finish(command(*tiny_flags(tmp_path / "run", "--steps", 40, "--lr", "1e30", "--clip", 0)))
+    status, err = in_this_process(*tiny_flags(tmp_path / "run", "--steps", 40, "--lr", "1e30", "--clip", 0)), capsys.readouterr().err
     assert status == 3 and re.search(r"collapse at step \d+: non_finite: .*l1.* not finite\n.*all terms: l1 ", err)
-    assert "Traceback" not in err and json.loads((tmp_path / "run/collapse.json").read_text())["sign"] == "non_finite"
+    assert json.loads((tmp_path / "run/collapse.json").read_text())["sign"] == "non_finite"
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
@@ -1639,22 +1650,39 @@ def test_without_matplotlib_the_images_alone_are_drawn(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "collapse.json").read_text())["remedy"] == error.remedy
 
 
-def test_two_ranks_stop_together_with_the_report_written(tmp_path):
-    process = torchrun(*ruinous(tmp_path, "--no-adaptive", "--steps", 90))
-    assert process.returncode != 0 and process.stderr.count("vaegan.py: collapse at step") == 1, process.stderr
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 60 and (tmp_path / "run/collapse.png").exists()
-
-
 def test_rollback_gives_up_after_the_third(tmp_path, capsys):
     assert vaegan.main(ruinous(tmp_path, "--no-adaptive", "--disc-weight", 1000, "--steps", 260, "--on-collapse", "rollback")) == 3
     printed = capsys.readouterr()
     assert [int(n) for n in re.findall(r"^rollback (\d)", printed.out, re.M)] == [1, 2, 3] and "collapse at step" in printed.err
 
 
-def test_two_ranks_decide_alike_and_roll_back_together(tmp_path):
-    process = torchrun(*ruinous(tmp_path, "--no-adaptive", "--steps", 90, "--on-collapse", "rollback", "--precision", "bf16"))
-    assert process.returncode == 0 and process.stdout.count("rollback 1 from step") == 1, process.stderr
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 90
+def both_ranks(rank, port, commands, folder):
+    """One of two processes that run the same commands, one after the other -> FOLDER/RANK.json: [status, printed, error]."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    results = []
+    for arguments in commands:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            results.append([vaegan.main(arguments), out, err])
+    Path(folder, f"{rank}.json").write_text(json.dumps([[status, out.getvalue(), err.getvalue()] for status, out, err in results]))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_ranks_stop_together_with_the_report_written_or_roll_back_together(tmp_path):
+    stop, back = tmp_path / "stop", tmp_path / "back"
+    commands = [ruinous(stop, "--no-adaptive", "--steps", 90),
+                ruinous(back, "--no-adaptive", "--steps", 90, "--on-collapse", "rollback", "--precision", "bf16")]
+    torch.multiprocessing.spawn(both_ranks, (free_port(), commands, str(tmp_path)), nprocs=2)   # if they did not do the
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))        # same, one would wait for ever
+    assert [status for status, *_ in zero] == [status for status, *_ in one] == [3, 0]
+    assert zero[0][2].count("vaegan.py: collapse at step") == 1 and "collapse at step" not in one[0][2]
+    assert torch.load(stop / "run/last.pt", weights_only=True)["step"] == 60 and (stop / "run/collapse.png").exists()
+    assert zero[1][1].count("rollback 1 from step") == 1 and torch.load(back / "run/last.pt", weights_only=True)["step"] == 90
 
 
 def start_torchrun(*flags, restarts=0):
@@ -2087,10 +2115,7 @@ def test_wrong_shapes_and_missing_and_extra_keys_of_a_checkpoint_are_named(tmp_p
 
 
 def test_ranks_that_drift_apart_are_noticed_at_the_save(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(drifting, (tmp_path, port), nprocs=2)
+    torch.multiprocessing.spawn(drifting, (tmp_path, free_port()), nprocs=2)
     assert all("step 8: the processes' weights have drifted apart" in (tmp_path / str(rank)).read_text() for rank in (0, 1))
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
 
@@ -2367,14 +2392,14 @@ def collapse_table(photos, held_out):
 
 def kills(place, n=30):
     """Kill -9 at random moments of a run, set-up included; then let it end, and compare it with an undisturbed one."""
-    flags = tiny_flags(place / "killed", "--data", write_photos(place / "photos", 7), "--workers", 2, "--steps", 2000, "--save-every", 3,
+    flags = tiny_flags(place / "killed", "--data", write_photos(place / "photos", 7), "--workers", 2, "--steps", 3000, "--save-every", 3,
                        "--log-every", 1, "--sample-every", 100, "--disc-start", "plateau", "--disc-lead", 100, "--disc-ramp", 300)
     assert finish(command(*flags, "--out", place / "whole"))[0] == 0
     moment, at, torn, lost = random.Random(0), [], 0, []
     log, last = place / "killed/log.jsonl", place / "killed/last.pt"
     while len(at) < n:
         process = command(*flags)
-        time.sleep(moment.uniform(1.5, 5.5))
+        time.sleep(moment.uniform(1.5, 5.0))
         assert process.poll() is None, "it ended before the last kill"
         process.kill()
         process.wait()                                                          # its workers may live for some seconds
@@ -2384,7 +2409,7 @@ def kills(place, n=30):
     status, printed, err = finish(command(*flags))
     equal = same(outcome(place / "killed"), outcome(place / "whole"))
     print(f"{n} kills, at steps {at}; up to {max(lost)} steps lost; {torn} of them in the middle of a save. In the end: status {status}, "
-          f"weights, optimisers, monitor and log of 2000 steps equal to the undisturbed run's, bit for bit: {equal}")
+          f"weights, optimisers, monitor and log of 3000 steps equal to the undisturbed run's, bit for bit: {equal}")
 
 
 def memory(place):
