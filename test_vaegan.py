@@ -1860,6 +1860,15 @@ def wait_for(process, step):
     assert any(line.startswith(f"step {step}: the warm-up is over") for line in process.stdout), process.communicate()
 
 
+def children(pid):
+    """Its child processes' numbers, as they started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):                                      # some end meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    return sorted(child for child, parent in parents.items() if parent == pid)
+
+
 def test_kill_9_loses_the_steps_since_the_last_save_only_and_a_second_run_on_the_folder_is_refused(tmp_path, capsys):
     run, flags = tmp_path / "run", tiny_flags(tmp_path / "run", "--workers", 1)
     run.mkdir()
@@ -1911,8 +1920,8 @@ def test_a_signal_finishes_the_step_saves_prints_the_command_that_continues_and_
     run = tmp_path / "the run"
     process = command(*tiny_flags(run, "--steps", 10 ** 6, "--workers", 2, "--disc-start", 6))
     wait_for(process, 6)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in (process.pid, *map(int, workers)):                               # as a cluster does, and a terminal
+    workers = children(process.pid)
+    for pid in (process.pid, *workers):                                         # as a cluster does, and a terminal
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     code, printed, err = finish(process)
@@ -2153,14 +2162,13 @@ def test_two_ranks_stop_at_the_same_step_and_one_goes_on(tmp_path, capsys):
 
 def test_a_rank_that_dies_ends_the_others_and_torchruns_restart_goes_on_from_the_last_save(tmp_path):
     run = tmp_path / "run"
-    process = start_torchrun(*tiny_flags(run, "--steps", 60, "--no-resume", "--disc-start", 12), restarts=1)
+    process = start_torchrun(*tiny_flags(run, "--steps", 40, "--no-resume", "--disc-start", 12, "--sample-every", 100), restarts=1)
     wait_for(process, 12)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
     printed, err = process.communicate(timeout=100)
-    assert process.returncode == 0 and int(re.search(r"continues after step (\d+) of 60", printed)[1]) % 4 == 0, err
+    assert process.returncode == 0 and int(re.search(r"continues after step (\d+) of 40", printed)[1]) % 4 == 0, err
     steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == torch.load(run / "last.pt", weights_only=True)["step"] == 60
+    assert steps == sorted(set(steps)) and steps[-1] == torch.load(run / "last.pt", weights_only=True)["step"] == 40
 
 
 def test_no_object_is_left_behind_by_a_step():
@@ -2474,7 +2482,7 @@ def faults(awkward=None):
         row("a second run on the folder", command(*flags("lock")))
         first.kill()
         row("the same after the first one was killed", command(*flags("lock", "--steps", 20)))
-        rank = lambda process: int(subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()[1])
+        rank = lambda process: children(process.pid)[1]
         row("two ranks: SIGTERM to torchrun", start_torchrun(*flags("ranks")), signal.SIGTERM)
         row("two ranks: one is killed", start_torchrun(*flags("dies")), signal.SIGKILL, target=rank)
         row("two ranks: one is killed, --max-restarts 1", start_torchrun(*flags("restarts", "--steps", 100), restarts=1), signal.SIGKILL,
