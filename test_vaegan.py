@@ -1656,12 +1656,13 @@ def test_rollback_gives_up_after_the_third(tmp_path, capsys):
     assert [int(n) for n in re.findall(r"^rollback (\d)", printed.out, re.M)] == [1, 2, 3] and "collapse at step" in printed.err
 
 
-def both_ranks(rank, port, commands, folder):
+def both_ranks(rank, ports, commands, folder):
     """One of two processes that run the same commands, one after the other -> FOLDER/RANK.json: [status, printed, error]."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     results = []
-    for arguments in commands:
+    for arguments, port in zip(commands, ports):
+        os.environ["MASTER_PORT"] = str(port)
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             results.append([vaegan.main(arguments), out, err])
     Path(folder, f"{rank}.json").write_text(json.dumps([[status, out.getvalue(), err.getvalue()] for status, out, err in results]))
@@ -1677,8 +1678,8 @@ def test_two_ranks_stop_together_with_the_report_written_or_roll_back_together(t
     stop, back = tmp_path / "stop", tmp_path / "back"
     commands = [ruinous(stop, "--no-adaptive", "--steps", 90),
                 ruinous(back, "--no-adaptive", "--steps", 90, "--on-collapse", "rollback", "--precision", "bf16")]
-    torch.multiprocessing.spawn(both_ranks, (free_port(), commands, str(tmp_path)), nprocs=2)   # if they did not do the
-    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))        # same, one would wait for ever
+    torch.multiprocessing.spawn(both_ranks, ([free_port(), free_port()], commands, str(tmp_path)), nprocs=2)
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert [status for status, *_ in zero] == [status for status, *_ in one] == [3, 0]
     assert zero[0][2].count("vaegan.py: collapse at step") == 1 and "collapse at step" not in one[0][2]
     assert torch.load(stop / "run/last.pt", weights_only=True)["step"] == 60 and (stop / "run/collapse.png").exists()
@@ -1895,7 +1896,7 @@ def test_a_broken_last_pt_falls_back_to_the_one_before_and_says_so(tmp_path, cap
     assert in_this_process(*tiny_flags(tmp_path / "whole", "--steps", 10)) == 0
     assert in_this_process(*tiny_flags(tmp_path / "before", "--steps", 8)) == 0
     content = (tmp_path / "before/last.pt").read_bytes()
-    for broken, spoilt in dict(truncated=content[:-5000], empty=b"", foreign=pickle.dumps([1, 2]), missing=None).items():
+    for broken, spoilt in dict(truncated=content[:-5000], empty=b"", foreign=pickle.dumps([1, 2], protocol=2), missing=None).items():
         run = shutil.copytree(tmp_path / "before", tmp_path / broken)
         (run / "last.pt").write_bytes(spoilt) if spoilt is not None else (run / "last.pt").unlink()
         capsys.readouterr()
