@@ -1044,10 +1044,15 @@ def test_terms_are_read_as_means_over_a_steps_batches_and_a_loss_that_is_not_fin
     assert vaegan.average([dict(a=1.0), dict(a=3.0, b=5.0)]) == dict(a=2.0, b=5.0)
 
 
+def become(rank, port=0):
+    """Make this process one of two, as torchrun does."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+
+
 def two_ranks(rank, folder, stream):
     """One of two processes; its batches are its halves of `stream`."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
+    become(rank)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     trainer = Trainer(tiny_config(clip=0.0, accumulate=2), torch.device("cpu"), rank, 2)
     quiet_posterior(trainer.vae)
@@ -1296,6 +1301,7 @@ def definitions():
 
 ALONE = {           # what to run with each class and function that is cut out
     "UsageError": "raise_it = UsageError('x')", "arg": "arg('g', 1, 'help')", "step_or_plateau": "step_or_plateau('3')",
+    "flag_of": "assert flag_of('lr_disc') == '--lr-disc'", "save_json": "save_json(dict(a=1), Path(folder) / 'a.json')",
     "Config": "assert Config.of('tiny').image_size == 64 and Config().ch == 128",
     "group_norm": "group_norm(64)(torch.zeros(1, 64, 2, 2))",
     "ResnetBlock": "ResnetBlock(8, 16)(torch.zeros(1, 8, 4, 4))", "AttnBlock": "AttnBlock(8)(torch.zeros(1, 8, 4, 4))",
@@ -1658,11 +1664,9 @@ def test_rollback_gives_up_after_the_third(tmp_path, capsys):
 
 def both_ranks(rank, ports, commands, folder):
     """One of two processes that run the same commands, one after the other -> FOLDER/RANK.json: [status, printed, error]."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    torch.set_num_threads(1)
     results = []
     for arguments, port in zip(commands, ports):
-        os.environ["MASTER_PORT"] = str(port)
+        become(rank, port)
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             results.append([vaegan.main(arguments), out, err])
     Path(folder, f"{rank}.json").write_text(json.dumps([[status, out.getvalue(), err.getvalue()] for status, out, err in results]))
@@ -2132,8 +2136,7 @@ def test_ranks_that_drift_apart_are_noticed_at_the_save(tmp_path):
 
 def drifting(rank, folder, port):
     """One of two processes that train; the last bits of one weight of D change in one of them at step 6."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+    become(rank, port)
     update = Trainer.update
 
     def drift(self, step, images_):

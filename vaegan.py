@@ -57,6 +57,11 @@ def arg(group, default, help, tiny=None, least=0, most=math.inf, parse=None, cho
                                                 parse=parse or type(default), choices=choices))
 
 
+def flag_of(name):
+    """The flag of a field of Config. Needs: nothing."""
+    return "--" + name.replace("_", "-")
+
+
 def step_or_plateau(text):
     """Parse --disc-start."""
     return text if text == "plateau" else int(text)
@@ -66,7 +71,7 @@ def step_or_plateau(text):
 class Config:
     """All that decides a run; the defaults are preset sd, latent-diffusion's kl-f8 (autoencoder_kl_32x32x4).
 
-    Raises UsageError for values that cannot work. Needs: UsageError, arg, step_or_plateau.
+    Raises UsageError for values that cannot work. Needs: UsageError, arg, flag_of, step_or_plateau.
     """
     data: str = arg("data", "", "folder of images, searched recursively; empty: built-in dead leaves")
     val: str = arg("data", "", "folder of held-out images; empty: every 20th file of --data is held out")
@@ -128,7 +133,7 @@ class Config:
             value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
             numbers = value if f.name == "ch_mult" else [value] * isinstance(value, (int, float))
             if not all(least <= number <= most for number in numbers):
-                raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}"
+                raise UsageError(f"{flag_of(f.name)} {value}: must be at least {least}"
                                  + (f" and at most {most}" if most < math.inf else ""))
         if self.val and not self.data:
             raise UsageError(f"--val {self.val}: there is no --data it could be held out from; give that too")
@@ -1057,8 +1062,8 @@ class Trainer:
                    if was.get(f.name) != now[f.name] and f.name not in ("out", "resume")}
         for name, f in changed.items():
             if f.metadata["group"] == "model":
-                raise UsageError(f"--{name.replace('_', '-')} {now[name]}: {path} was trained with "
-                                 f"{was.get(name)}; take that or another --out")
+                raise UsageError(f"{flag_of(name)} {now[name]}: {path} was trained with {was.get(name)}; "
+                                 "take that or another --out")
         groups = {f.metadata["group"] for f in changed.values()}
         wanted, training = self.content() | dict(config={}), checkpoint["training"]
         wanted["training"]["monitor"] = CollapseMonitor().state_dict()      # empty: its contents vary
@@ -1091,7 +1096,7 @@ class Trainer:
             self.monitor = self.parts["monitor"] = CollapseMonitor(grace=self.monitor.grace)    # all is new
         if data or "disc_weight" in changed and 0 in (was["disc_weight"], now["disc_weight"]):
             self.best = [0, -math.inf]                          # of another measure
-        changes = [(f"--{name.replace('_', '-')}", was.get(name), now[name]) for name in changed]
+        changes = [(flag_of(name), was.get(name), now[name]) for name in changed]
         if loop["images_an_update"] != self.images_an_update:
             changes.append(("images an update", loop["images_an_update"], self.images_an_update))
         return "".join(f"; {name} {old} -> {new}" for name, old, new in changes)
@@ -1346,13 +1351,13 @@ def outlive_signals(worker):
 
 
 def command_line(cfg):
-    """The command that goes on with this run. Needs: Config."""
+    """The command that goes on with this run. Needs: Config, flag_of."""
     usual, words = Config.of(cfg.preset), []
     for f in fields(cfg):
-        value, flag = getattr(cfg, f.name), f.name.replace("_", "-")
+        value, flag = getattr(cfg, f.name), flag_of(f.name)
         if value != getattr(usual, f.name) and f.name != "resume":
             values = [] if value is True else value if isinstance(value, tuple) else [value]
-            words += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, values)]
+            words += [flag.replace("--", "--no-", 1)] if value is False else [flag, *map(str, values)]
     ranks = os.environ.get("LOCAL_WORLD_SIZE")                  # set by torchrun
     program = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
     script = sys.argv[0] if os.path.basename(sys.argv[0]) == "vaegan.py" else "vaegan.py"
@@ -1504,7 +1509,7 @@ def resume(trainer, out, say):
 def open_folder(out, trainer, path):
     """Ready the run's folder for going on from `path`, or anew if that is None.
 
-    Needs: keep_records, write_whole, second_name, writing.
+    Needs: keep_records, save_json, second_name, writing.
     """
     with writing(out):
         for left in [*out.glob("*.unfinished"), *out.glob("samples/*.unfinished")]:
@@ -1517,8 +1522,7 @@ def open_folder(out, trainer, path):
                 os.replace(out / "last.pt", out / "last.pt.broken")
             second_name(path, out / "last.pt")
         keep_records(out, trainer.step)
-        config = json.dumps(asdict(trainer.cfg), indent=1) + "\n"
-        write_whole(out / "config.json", lambda file: file.write(config.encode()))
+        save_json(asdict(trainer.cfg), out / "config.json")
         if not (out / "healthy.pt").exists():
             trainer.save(out / "healthy.pt")
 
@@ -1603,6 +1607,12 @@ def load(path):
     return checkpoint
 
 
+def save_json(content, path):
+    """Write plain values as JSON that reads well. Needs: write_whole."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def save_png(image, path):
     """Write (3, H, W) in [-1, 1] as PNG. Needs: write_whole, the package pillow."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
@@ -1619,10 +1629,8 @@ def save_pairs(vae, x, path):
 @torch.no_grad()
 def save_collapse(error, monitor, rows, out):
     """collapse.json: the error and the limits. collapse.png: rows, {label: (n, 3, H, W)}, and with matplotlib
-    the signs of the last 200 steps as multiples of their limits. Needs: save_png, write_whole."""
-    content = vars(error) | dict(limits=monitor.limits, up=monitor.since)
-    text = json.dumps(content, indent=1) + "\n"
-    write_whole(out / "collapse.json", lambda file: file.write(text.encode()))
+    the signs of the last 200 steps as multiples of their limits. Needs: save_json, save_png, write_whole."""
+    save_json(vars(error) | dict(limits=monitor.limits, up=monitor.since), out / "collapse.json")
     picture = torch.cat([torch.cat(list(images[:4]), dim=2) for images in rows.values()], dim=1)
     save_png(picture, out / "collapse.png")
     try:
@@ -1786,7 +1794,7 @@ def parse(argv):
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(
             type=meta["parse"], choices=meta["choices"], nargs="+" if f.name == "ch_mult" else None,
             metavar="N" if meta["parse"] in (int, float) else None)
-        groups[meta["group"]].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+        groups[meta["group"]].add_argument(flag_of(f.name), default=argparse.SUPPRESS,
                                            help=meta["help"], **kind)
     sub = commands.add_parser("eval", **look, help="measure a checkpoint on a folder of images", description=(
         "PSNR, SSIM, LPIPS, sharpness and KL of a checkpoint's reconstructions of centre crops."))
