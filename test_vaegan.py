@@ -7,6 +7,7 @@
 """
 
 import ast
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +42,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import vaegan
 from vaegan import (AttnBlock, AutoencoderKL, CollapseError, CollapseMonitor, Config, DeadLeaves, Decoder, DiagonalGaussian, Encoder, ImageFolder,
@@ -177,7 +182,7 @@ def test_encoder_and_decoder_compute_what_kl_f8_computes():
 
 @pytest.mark.parametrize("channels, groups", [(128, 32), (256, 32), (512, 32), (64, 32), (16, 4), (8, 2), (20, 5), (7, 1)])
 def test_group_norm_has_32_groups_where_they_fit_and_four_channels_each_elsewhere(channels, groups):
-    norm = vaegan.group_norm(channels)
+    norm = vaegan.GroupNorm(channels)
     assert (norm.num_groups, norm.eps) == (groups, 1e-6) and channels % groups == 0
 
 
@@ -885,7 +890,177 @@ def test_all_losses_and_lambda_are_fp32_in_low_precision(dtype, scale):
     terms |= discriminator_step(disc, images(), x_hat, amp=amp, loss_scale=torch.tensor(scale))
     assert {value.dtype for value in terms.values()} == {x_hat.dtype} == {torch.float32}
     assert all(p.grad.isfinite().all() for net in (vae, disc) for p in net.parameters())
-    assert math.isclose(terms["lpips"], random_perceptual()(images(), x_hat).mean(), rel_tol=1e-5)
+    assert math.isclose(terms["lpips"], random_perceptual()(images(), x_hat).mean(), rel_tol=0.01)
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
+def test_lpips_trunk_runs_in_low_precision_and_its_distance_in_fp32(net):
+    perceptual, seen, heads = random_perceptual(net=net), [], []
+    perceptual.lpips.net.register_forward_hook(lambda module, args, out: seen.extend(f.dtype for f in out))
+    for lin in perceptual.lpips.lins:
+        lin.register_forward_hook(lambda module, args, out: heads.append(out.dtype))
+    leaf = images(size=64, seed=2).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = perceptual(images(size=64), leaf)
+    full = perceptual(images(size=64), leaf)
+    assert set(seen[:len(seen) // 2]) == {torch.bfloat16} and set(heads) == {torch.float32}
+    assert torch.allclose(low, full, rtol=0.01) and not torch.equal(low, full) and low.dtype == torch.float32
+
+
+def test_group_norms_are_fp32_under_autocast():
+    dtypes, vae = set(), small_nets()[0]
+    for module in vae.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        vae(images())
+    assert dtypes == {torch.float32}
+
+
+# --- doing less
+
+
+def kept_bytes(run, *nets):
+    """Bytes of the storages that autograd keeps of run(), without the parameters."""
+    storages, own = {}, {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
+    keep = lambda tensor: storages.update({tensor.untyped_storage()._cdata: tensor.untyped_storage()}) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in own), result
+
+
+@pytest.mark.parametrize("amp", [contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_recomputation_gives_the_same_gradients_to_the_bit(amp):
+    gradients = []
+    for recompute in (False, True):
+        vae, disc = AutoencoderKL(**SMALL, recompute=recompute), small_nets()[1]
+        vae.load_state_dict(small_nets()[0].state_dict())
+        _, terms = generator_step(vae, disc, images(), perceptual=random_perceptual(), generator=seeded(7), amp=amp)
+        gradients.append([terms["lam"], *(p.grad for p in vae.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_recomputation_keeps_less_than_half_of_the_activations_of_kl_f8_at_256_px():
+    with FakeTensorMode():                                                      # shapes alone, no arithmetic
+        nets = [AutoencoderKL(recompute=recompute) for recompute in (False, True)]
+        x = torch.empty(1, 3, 256, 256)
+        plain, ours = (kept_bytes(lambda: vae(x), vae)[0] / 2 ** 20 for vae in nets)
+    assert 2180 < plain < 2200 and ours < 820 and plain / ours > 2.6            # MiB
+
+
+def test_recomputation_runs_no_convolution_twice_and_nothing_where_no_gradient_is_asked_for():
+    vae, calls = AutoencoderKL(**SMALL, recompute=True), collections.Counter()
+    with Counting(calls):
+        vae(images())[0].sum().backward()
+    convs = sum(isinstance(module, torch.nn.Conv2d) for module in vae.modules())
+    assert calls["convolution"] == calls["convolution_backward"] == convs
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in vae.modules())
+    assert calls["native_group_norm"] == 2 * norms - 2                          # attention's two are kept
+    calls.clear()
+    with Counting(calls), torch.no_grad():
+        vae(images())
+    assert calls["native_group_norm"] == norms
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations by name. `_local_scalar_dense` is the one that makes the host wait for a number."""
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls[op.overloadpacket.__name__] += 1
+        return op(*args, **kwargs or {})
+
+
+def gflop(run):
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = types.SimpleNamespace(parents={"Global"}, __enter__=bool, __exit__=bool)
+    with counter:                                       # its own tracker of modules cannot bear autograd.grad
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def step_flops(gan=True):
+    """GFLOP of a step of kl-f8 at 256 px: ours with and without recomputation, the textbook's with one forward and
+    as latent-diffusion has it; and of one forward of its parts. Nothing is computed but shapes."""
+    perceptual = random_perceptual(net="vgg")
+    distance = lambda a, b: perceptual.lpips(a, b).flatten()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae, disc, x = AutoencoderKL(), PatchDiscriminator(), torch.empty(1, 3, 256, 256)
+
+        def ours(recompute):
+            for module in vae.modules():
+                module.recompute = recompute
+            x_hat, _ = generator_step(vae, disc, x, perceptual=perceptual, disc_weight=0.5 * gan)
+            if gan:
+                discriminator_step(disc, x, x_hat)
+
+        def textbook(twice):
+            x_hat, _ = textbook_step(vae, disc, x, distance, 1e-6, 0.5, None)
+            if twice:
+                x_hat, _ = vae(x)
+                distance(x, x_hat)
+            hinge_d_loss(disc(x), disc(x_hat.detach())).backward()
+
+        return dict(ours=gflop(lambda: ours(False)), recomputed=gflop(lambda: ours(True)),
+                    textbook=gflop(lambda: textbook(False)), twice=gflop(lambda: textbook(True)), autoencoder=gflop(lambda: vae(x)),
+                    lpips=gflop(lambda: perceptual(x, x)) / 2, disc=gflop(lambda: disc(x)))
+
+
+def test_the_steps_arithmetic_is_three_forwards_of_autoencoder_and_lpips_and_eight_of_d():
+    for gan in (True, False):
+        flops = step_flops(gan)
+        least = 3 * flops["autoencoder"] + 3 * flops["lpips"] + gan * 8 * flops["disc"]        # backward = twice forward
+        assert abs(flops["ours"] / least - 1) < 0.01 and flops["recomputed"] == flops["ours"]
+        assert flops["ours"] / flops["twice"] < (0.751 if gan else 0.74) and flops["ours"] < flops["textbook"]
+    assert 890 < flops["autoencoder"] < 900                                     # of which a published count exists
+
+
+def test_no_update_waits_for_a_number_of_the_device():
+    trainer, stream = Trainer(tiny_config(clip=1.0, ema=0.9, precision="bf16"), torch.device("cpu")), iter(batches())
+    trainer.perceptual = random_perceptual()
+    trainer.update(0, stream)
+    calls = collections.Counter()
+    with Counting(calls):
+        for step in range(1, 11):
+            trainer.update(step, stream)
+    assert not calls["_local_scalar_dense"] and calls["convolution"] > 100
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_on_a_gpu_no_update_waits_for_the_device(precision):
+    trainer = Trainer(tiny_config(precision=precision), torch.device("cuda"))
+    stream = iter([images.pin_memory() for images in batches(30)])
+    trainer.update(0, stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 11):
+            trainer.update(step, stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def graphs_only(monkeypatch):
+    """torch.compile without a C++ compiler: the same graphs and the same split into forward and backward."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_compiled_step_equals_the_eager_one(monkeypatch, recompute):
+    graphs_only(monkeypatch)
+    rows = []
+    for compiled in (False, True):
+        trainer, stream = Trainer(tiny_config(recompute=recompute), torch.device("cpu")), iter(batches())
+        trainer.perceptual = random_perceptual()
+        assert not compiled or trainer.compile() is None
+        rows.append([{k: v.item() for k, v in trainer.update(step, stream)[0].items()} for step in range(2)])
+        rows[-1].append([p.detach() for p in trainer.vae.parameters()])
+    for eager, compiled in zip(rows[0][:2], rows[1][:2]):
+        assert eager.keys() == compiled.keys()
+        assert all(math.isclose(eager[k], compiled[k], rel_tol=1e-3, abs_tol=1e-4) for k in eager), (eager, compiled)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(rows[0][2], rows[1][2]))
 
 
 # --- trainer
@@ -1303,7 +1478,10 @@ ALONE = {           # what to run with each class and function that is cut out
     "UsageError": "raise_it = UsageError('x')", "arg": "arg('g', 1, 'help')", "step_or_plateau": "step_or_plateau('3')",
     "flag_of": "assert flag_of('lr_disc') == '--lr-disc'", "save_json": "save_json(dict(a=1), Path(folder) / 'a.json')",
     "Config": "assert Config.of('tiny').image_size == 64 and Config().ch == 128",
-    "group_norm": "group_norm(64)(torch.zeros(1, 64, 2, 2))",
+    "GroupNorm": "GroupNorm(64)(torch.zeros(1, 64, 2, 2))", "lean": "assert lean(nn.Module(), len, [3]) == 1",
+    "last_layer_gradient": "last_layer_gradient(nn.Conv2d(4, 3, 3), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8))",
+    "peak_memory": "peak_memory(torch.device('cpu'), reset=True); peak_memory(torch.device('cpu'))",
+    "measure": "a = torch.ones(8, 8); assert measure(lambda: a @ a, torch.device('cpu'), patience=0)[1] == 2 * 8 ** 3",
     "ResnetBlock": "ResnetBlock(8, 16)(torch.zeros(1, 8, 4, 4))", "AttnBlock": "AttnBlock(8)(torch.zeros(1, 8, 4, 4))",
     "Downsample": "Downsample(8)(torch.zeros(1, 8, 4, 4))", "Upsample": "Upsample(8)(torch.zeros(1, 8, 4, 4))",
     "level": "level(8, 16, 2)(torch.zeros(1, 8, 4, 4))",
@@ -1361,7 +1539,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "open_data": "open_data(vaegan.Config.of('tiny', data=folder))",
     "save_pairs": "save_pairs(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 8, 8), Path(folder) / 'out.png')",
 }
-WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "eval_command", "parse", "main"}               # need everything, and say so
+WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "bench", "eval_command", "parse", "main"}     # need everything, and say so
 
 
 def test_every_definition_runs_when_cut_out_with_what_its_docstring_names(tmp_path):
@@ -1711,6 +1889,46 @@ def test_torchrun_trains_two_processes_into_one_folder(tmp_path):
     assert finish(command(*tiny_flags(tmp_path / "one", "--steps", 4, "--accumulate", 2, "--lr", 0, "--batch-size", 4)))[0] == 0
     ours, one = (json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0])["l1"] for run in ("run", "one"))
     assert math.isclose(ours, one, rel_tol=0.01)                                # the same images: no rank sees another's
+
+
+def test_bench_prints_time_arithmetic_and_memory_of_the_update_and_its_stages(monkeypatch, capsys):
+    monkeypatch.setattr(vaegan, "measure", functools.partial(vaegan.measure, patience=0.0))
+    tables = {}
+    for flag in ("--recompute", "--no-recompute"):
+        assert in_this_process("bench", *tiny_flags("unused", flag)[1:]) == 0
+        tables[flag] = {cells[0]: [float(cell.strip("%")) for cell in cells[1:]] for cells in (
+            [cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
+            if line.startswith("|") and "---" not in line) if cells[1] != "ms"}
+    for rows in tables.values():
+        stages = [name for name in rows if not name.startswith("update")]
+        assert stages == ["encoder", "decoder", "D, for the decoder", "λ", "D, its own step", "optimisers, average"]
+        assert math.isclose(rows["update"][2], sum(rows[name][2] for name in stages), rel_tol=0.01)             # GFLOP
+        assert all(ms > 0 and math.isclose(images_per_s * ms, 2000, rel_tol=0.01) for ms, images_per_s, *_ in rows.values())
+        assert rows["update before the GAN"][2] < rows["update"][2]
+    kept = {flag: rows["encoder"][4] + rows["decoder"][4] for flag, rows in tables.items()}
+    assert kept["--recompute"] < 0.6 * kept["--no-recompute"]
+
+
+def test_measure_counts_flop_kept_bytes_and_the_time_of_runs():
+    layer, x, calls = torch.nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 6, 6), []
+    seconds, flop, kept, peak = vaegan.measure(lambda: (calls.append(1), layer(x)), torch.device("cpu"), layer.parameters(), 0.0)
+    assert flop == 2 * 2 * 4 * 4 * 4 * 27 and kept == x.untyped_storage().nbytes() and len(calls) == 6 and 0 < seconds < 1
+    assert peak > 2 ** 26 or not Path("/proc/self/clear_refs").exists()         # of a process that has loaded torch
+
+
+def test_a_gpu_that_is_full_ends_the_run_with_status_1_and_the_way_out(tmp_path, monkeypatch, capsys):
+    def full(trainer, step, images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+    monkeypatch.setattr(Trainer, "update", full)
+    assert in_this_process(*tiny_flags(tmp_path / "run")) == 1
+    assert "CUDA out of memory. Tried to allocate 1 GiB. Take a smaller --batch-size" in capsys.readouterr().err
+
+
+def test_without_a_compiler_the_run_says_so_in_one_line_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="no such compiler"))
+    assert in_this_process(*tiny_flags(tmp_path / "run", "--compile", "--steps", 2)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert re.match("--compile: .*no such compiler.*; goes on without", printed[0])
 
 
 def test_help_explains_every_flag_and_names_both_presets_values():

@@ -27,6 +27,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,9 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ---- Configuration: one dataclass is the command line, its help, and the record in every checkpoint.
@@ -111,6 +114,10 @@ class Config:
     device: str = arg("machine", "auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = arg("machine", "auto", "of the networks; losses and λ stay fp32. auto: fp32, on a CUDA "
                          "GPU bf16 or else fp16", choices=("auto", "fp32", "bf16", "fp16"))
+    recompute: bool = arg("machine", True, "normalise and activate once more in the backward pass instead of "
+                          "keeping the results: less than half of the activations' memory", tiny=False)
+    compile: bool = arg("machine", False, "torch.compile the networks: a minute or more at the start; needs "
+                        "Triton on a GPU, a C++ compiler on a CPU")
 
     preset: str = arg("run", "sd", "sd: kl-f8 at 256 px; tiny: a toy that learns in two minutes on a CPU; "
                       "auto: sd on a CUDA GPU, else tiny", choices=("auto", "sd", "tiny"))
@@ -153,38 +160,57 @@ class Config:
 # Source of all of it: CompVis latent-diffusion, ldm/modules/diffusionmodules/model.py.
 
 
-def group_norm(channels):
+class GroupNorm(nn.GroupNorm):
     """GroupNorm(32, eps 1e-6), CompVis' own wherever `channels` is a multiple of 32; other widths get as many
-    groups as leave at least four channels in each, which is what kl-f8 has at 128."""
-    most = 32 if channels % 32 == 0 else max(channels // 4, 1)
-    return nn.GroupNorm(max(g for g in range(1, most + 1) if channels % g == 0), channels, eps=1e-6)
+    groups as leave at least four channels in each, which is what kl-f8 has at 128.
+
+    Always in its weight's precision, fp32, as autocast has it on a GPU: on a CPU its backward pass in bf16
+    takes four times as long. (B, channels, H, W) -> the same. Needs: nothing.
+    """
+    def __init__(self, channels):
+        most = 32 if channels % 32 == 0 else max(channels // 4, 1)
+        super().__init__(max(g for g in range(1, most + 1) if channels % g == 0), channels, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+def lean(module, f, x):
+    """f(x). Where module.recompute is true, autograd keeps nothing of it but x: on the way back f runs again,
+    until all is there that its gradient needs. Of a convolution that is the input, so it is not repeated.
+
+    Source: Chen et al. 2016, as torch.utils.checkpoint has it. Needs: nothing.
+    """
+    if getattr(module, "recompute", False) and torch.is_grad_enabled():
+        return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False)
+    return f(x)
 
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))); where the width changes, x goes through a 1×1 convolution.
 
-    (B, c_in, H, W) -> (B, c_out, H, W). Needs: group_norm.
+    (B, c_in, H, W) -> (B, c_out, H, W). Needs: GroupNorm, lean.
     """
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = group_norm(c_in)
+        self.norm1 = GroupNorm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out)
+        self.norm2 = GroupNorm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = lean(self, lambda x: self.conv1(F.silu(self.norm1(x))), x)
+        h = lean(self, lambda h: self.conv2(F.silu(self.norm2(h))), h)
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttnBlock(nn.Module):
-    """x + single-head self-attention over all H·W positions. (B, C, H, W) -> the same. Needs: group_norm."""
+    """x + single-head self-attention over all H·W positions. (B, C, H, W) -> the same. Needs: GroupNorm."""
     def __init__(self, channels):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -195,17 +221,23 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """Stride-2 convolution, zeros at right and bottom. (B, C, H, W) -> (B, C, H/2, W/2). Needs: nothing."""
+    """Stride-2 convolution, zeros at right and bottom. (B, C, H, W) -> (B, C, H/2, W/2). Needs: lean."""
     def __init__(self, channels):
         conv = nn.Conv2d(channels, channels, 3, stride=2)
         super().__init__(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))    # left, right, top, bottom
 
+    def forward(self, x):
+        return lean(self, super().forward, x)
+
 
 class Upsample(nn.Sequential):
-    """Nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2H, 2W). Needs: nothing."""
+    """Nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2H, 2W). Needs: lean."""
     def __init__(self, channels):
         conv = nn.Conv2d(channels, channels, 3, padding=1)
         super().__init__(OrderedDict(up=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))
+
+    def forward(self, x):
+        return lean(self, super().forward, x)
 
 
 def level(c_in, c, n, **then):
@@ -223,7 +255,7 @@ def middle(c):
 class Encoder(nn.Module):
     """Image to moments: (B, in_channels, H, W) -> (B, 2·z_channels, H/f, W/f), f = 2^(len(ch_mult) - 1).
 
-    Needs: Downsample, level, middle, group_norm and what those need.
+    Needs: Downsample, level, middle, GroupNorm, lean and what those need.
     """
     def __init__(self, in_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4):
         super().__init__()
@@ -234,19 +266,19 @@ class Encoder(nn.Module):
             halve = dict(downsample=Downsample(c)) if len(self.down) < len(ch_mult) - 1 else {}
             self.down.append(level(c_in, c, num_res_blocks, **halve))
         self.mid = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)                                     # (B, ch, H, W)
         h = self.mid(self.down(h))                              # (B, ch·ch_mult[-1], H/f, W/f)
-        return self.conv_out(F.silu(self.norm_out(h)))          # (B, 2·z_channels, H/f, W/f)
+        return lean(self, lambda h: self.conv_out(F.silu(self.norm_out(h))), h)     # (B, 2·z_channels, …)
 
 
 class Decoder(nn.Module):
     """Latent to image: (B, z_channels, h, w) -> (B, out_channels, h·f, w·f).
 
-    One block a level more than Encoder. Needs: Upsample, level, middle, group_norm and what those need.
+    One block a level more than Encoder. Needs: Upsample, level, middle, GroupNorm, lean and what those need.
     """
     def __init__(self, out_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4):
         super().__init__()
@@ -257,14 +289,18 @@ class Decoder(nn.Module):
         for c, c_in in zip(widths, widths[1:]):
             double = dict(upsample=Upsample(c)) if len(self.up) else {}
             self.up.append(level(c_in, c, num_res_blocks + 1, **double))
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = GroupNorm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
-    def forward(self, z):
+    def body(self, z):
+        """All but the last layer, at which λ is taken."""
         h = self.mid(self.conv_in(z))                           # (B, ch·ch_mult[-1], h, w)
         for up in reversed(self.up):
             h = up(h)                                           # (B, ch·ch_mult[0], h·f, w·f) after the last
-        return self.conv_out(F.silu(self.norm_out(h)))          # (B, out_channels, h·f, w·f)
+        return lean(self, lambda h: F.silu(self.norm_out(h)), h)
+
+    def forward(self, z):
+        return self.conv_out(self.body(z))                      # (B, out_channels, h·f, w·f)
 
 
 class DiagonalGaussian:
@@ -297,17 +333,21 @@ class AutoencoderKL(nn.Module):
 
     Source: Rombach et al. 2022; CompVis ldm/models/autoencoder.py. x: (B, in_channels, H, W) in [-1, 1],
     z: (B, embed_dim, H/f, W/f), x_hat: as x but unbounded. Posterior and x_hat are of x's dtype, under
-    autocast too. Raises ValueError unless f divides H and W.
+    autocast too. recompute: keep 2.7 times fewer activations for the backward pass, all but the convolutions'
+    outputs, at 2 to 5 % of its time in fp32; the gradients are the same. Raises ValueError unless f divides
+    H and W.
     Needs: Encoder, Decoder, DiagonalGaussian and what those need.
     """
     def __init__(self, in_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4,
-                 embed_dim=4):
+                 embed_dim=4, recompute=False):
         super().__init__()
         self.encoder = Encoder(in_channels, ch, ch_mult, num_res_blocks, z_channels)
         self.decoder = Decoder(in_channels, ch, ch_mult, num_res_blocks, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         self.factor = 2 ** (len(ch_mult) - 1)
+        for module in self.modules():
+            module.recompute = recompute
 
     @property
     def last_layer(self):
@@ -401,8 +441,9 @@ class Perceptual(nn.Module):
     """LPIPS, the distance of two images in the features of a trained network: frozen, always in eval mode.
 
     Source: Zhang et al. 2018, eq. 1; trunk and linear heads of the `lpips` package, version 0.1. x, x_hat:
-    (B, 3, H, W) in [-1, 1] -> (B,), with a gradient to x_hat alone. F.normalize stands for the package's
-    square root, whose gradient is NaN where all features are 0.
+    (B, 3, H, W) in [-1, 1] -> (B,), with a gradient to x_hat alone. Under autocast the trunk runs in low
+    precision, the distance in x's. F.normalize stands for the package's square root, whose gradient is NaN
+    where all features are 0.
     Raises UsageError if the trunk's weights are neither on disk nor downloadable: never a random trunk.
     Needs: UsageError, the package lpips.
     """
@@ -425,13 +466,15 @@ class Perceptual(nn.Module):
         return super().train(False)                             # nothing may wake its dropout
 
     def features(self, x):
-        return [F.normalize(f, dim=1, eps=1e-10) for f in self.lpips.net(self.lpips.scaling_layer(x))]
+        features = self.lpips.net(self.lpips.scaling_layer(x))
+        return [F.normalize(f.to(x.dtype), dim=1, eps=1e-10) for f in features]
 
     def forward(self, x, x_hat):
         with torch.no_grad():
             real = self.features(x)
         layers = zip(self.lpips.lins, real, self.features(x_hat))
-        return sum(lin((a - b) ** 2).mean(dim=(1, 2, 3)) for lin, a, b in layers)
+        with torch.autocast(x.device.type, enabled=False):
+            return sum(lin((a - b) ** 2).mean(dim=(1, 2, 3)) for lin, a, b in layers)
 
 
 class WarmUp:
@@ -889,6 +932,13 @@ class DeadLeaves(torch.utils.data.Dataset):
 # ---- The training step: one forward and one backward of each network a batch. Then the loop around it.
 
 
+def last_layer_gradient(conv, h, image_gradient):
+    """J g: a gradient g at the image, (B, 3, H, W), carried on to the weight, (3, ch, 3, 3), of the last
+    convolution, 3×3, that made the image of h, (B, ch, H, W). Needs: nothing."""
+    h = h.to(image_gradient.dtype)
+    return torch.nn.grad.conv2d_weight(h, conv.weight.shape, image_gradient, padding=1)
+
+
 def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual_weight=1.0, kl_weight=1e-6,
                    disc_weight=0.5, adaptive=True, generator=None, amp=contextlib.nullcontext,
                    loss_scale=1.0):
@@ -901,7 +951,7 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
     disc_weight: w(t)·disc_weight; 0 leaves D out. amp(): the networks' autocast context. loss_scale: factor
     of all gradients (fp16's scale, 1/accumulate). -> x_hat, detached, and 0-d tensors under log.jsonl's
     names, means of the batch before weighting. D's own gradients are not touched.
-    Needs: hinge_g_loss, adaptive_weight, average_over_ranks.
+    Needs: hinge_g_loss, adaptive_weight, last_layer_gradient, average_over_ranks.
     """
     N = x[0].numel()
     conv_out, inputs = getattr(vae, "module", vae).decoder.conv_out, []
@@ -912,7 +962,8 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
 
     # L_rec = |x - x̂| + LPIPS(x, x̂)
     l1, l2 = (x - leaf).abs().mean(), (x - leaf).pow(2).mean()
-    lpips = perceptual(x, leaf).mean() if perceptual else torch.zeros_like(l1)
+    with amp():
+        lpips = perceptual(x, leaf).mean() if perceptual else torch.zeros_like(l1)
     rec_loss = (l1 if pixel_loss == "l1" else l2) + perceptual_weight * lpips
     g, = torch.autograd.grad(loss_scale * rec_loss, leaf)
     terms = dict(l1=l1, l2=l2, lpips=lpips, rec_loss=rec_loss, kl=kl, kl_dim=kl / posterior.mean[0].numel())
@@ -922,15 +973,16 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
         with amp():
             g_loss = hinge_g_loss(disc(leaf))
         g_adv, = torch.autograd.grad(loss_scale * g_loss, leaf)
-        h, shape = inputs[0].to(x.dtype), conv_out.weight.shape
-        J = [torch.nn.grad.conv2d_weight(h, shape, image_gradient / loss_scale, padding=1)
-             for image_gradient in (g, g_adv)]                  # (in_channels, ch, 3, 3) each
+        J = [last_layer_gradient(conv_out, inputs[0], image_gradient / loss_scale)
+             for image_gradient in (g, g_adv)]                  # (3, ch, 3, 3) each
         J_rec, J_adv = average_over_ranks(torch.stack(J))
         lam = adaptive_weight(J_rec, J_adv, eps=1e-4 / N, max_weight=math.inf)      # ε and 1e4: LDM's
         w = disc_weight * (lam.clamp(max=1e4) if adaptive else torch.ones_like(lam))
         g = g + w * g_adv
         terms.update(g_loss=g_loss, lam=lam, lam_clamped=(lam > 1e4).float(), w=w,
                      grad_ratio=w * J_adv.norm() / J_rec.norm())
+
+    inputs.clear()                                              # h is no longer needed
 
     # L_G = L_rec + kl_weight·KL/N + w·(-E[D(x̂)]): one call, as after one of two ranks average too early
     torch.autograd.backward([x_hat, kl_weight * kl / N], [g, loss_scale * torch.ones_like(kl)])
@@ -967,12 +1019,12 @@ class Trainer:
         self.step, self.best, self.scaling_factor = 0, [0, -math.inf], None
         self.drawn = 0                                          # images, by all ranks
         self.seen, self.events = [], []                         # terms and events since the last log record
-        self.perceptual = Perceptual(cfg.perceptual_net).to(device) if cfg.perceptual_weight else None
+        place = dict(device=device, memory_format=torch.channels_last)
+        self.perceptual = Perceptual(cfg.perceptual_net).to(**place) if cfg.perceptual_weight else None
         torch.manual_seed(cfg.seed)
-        self.vae = vae = autoencoder(cfg).to(device, memory_format=torch.channels_last)
-        self.disc = PatchDiscriminator(3, cfg.ndf).to(device, memory_format=torch.channels_last)
-        self.ema = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
-        self.average = self.ema.module if self.ema else vae     # what is shown, measured and saved
+        self.vae = vae = autoencoder(cfg).to(**place)
+        self.disc = PatchDiscriminator(3, cfg.ndf).to(**place)
+        self.average = copy.deepcopy(vae) if cfg.ema else vae   # what is shown, measured and saved
         self.weights = dict(enc=[*vae.encoder.parameters(), *vae.quant_conv.parameters()],
                             dec=[*vae.post_quant_conv.parameters(), *vae.decoder.parameters()],
                             disc=[*self.disc.parameters()])
@@ -996,6 +1048,18 @@ class Trainer:
                           optimiser_disc=self.optimiser_disc, scaler=self.scaler, warm_up=self.warm_up,
                           monitor=self.monitor)
 
+    def compile(self):
+        """Compile the networks, but not the decoder's last layer, so that its input is there to take λ with.
+        -> why it cannot be, or None."""
+        try:
+            torch.compile(torch.neg)(torch.ones(2, device=self.device))
+        except Exception as error:                              # no compiler, or one that does not work
+            return f"--compile: {str(error).strip().splitlines()[0]}; goes on without"
+        self.vae.decoder.body = torch.compile(self.vae.decoder.body, dynamic=False)
+        disc = None if self.cfg.r1 else self.disc               # compiled code has no second derivative
+        for net in filter(None, (self.vae.encoder, self.perceptual, disc)):
+            net.compile(dynamic=False)
+
     def update(self, step, images):
         """One update from cfg.accumulate batches of `images`, (B, 3, H, W) uint8 -> the terms of each."""
         cfg, rows = self.cfg, []
@@ -1017,19 +1081,24 @@ class Trainer:
                 r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0     # lazy: Karras et al. 2020, §3.1
                 terms |= discriminator_step(self.parallel[1], x, x_hat, r1=r1, amp=self.amp,
                                             loss_scale=loss_scale)
-            if (step + 1) % self.look_every == 0:               # the slope costs three forwards of an image
-                with torch.no_grad():
+            if (step + 1) % self.look_every == 0:               # the slope costs three forwards of an image,
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):     # not compiled for one
                     z = self.vae.encode(x[:1]).mode() if (step + 1) % 50 == 0 else None
-                terms |= self.monitor.look(x, x_hat, z, self.vae.decode)
+                    terms |= self.monitor.look(x, x_hat, z, self.vae.decode)
             rows.append(terms)
-        self.apply(self.optimiser, cfg.lr, step, ("enc", "dec"), terms)
-        if train_disc:
-            self.apply(self.optimiser_disc, cfg.lr_disc, step - self.warm_up.start, ("disc",), terms)
-        self.scaler.update()
-        if self.ema:
-            self.ema.update_parameters(self.vae)
+        self.optimise(step, train_disc, terms)
         self.step, self.drawn = step + 1, self.drawn + self.images_an_update
         return rows
+
+    def optimise(self, step, train_disc, terms):
+        """Take the gradients that are there into the weights, and the weights into their average."""
+        self.apply(self.optimiser, self.cfg.lr, step, ("enc", "dec"), terms)
+        if train_disc:
+            self.apply(self.optimiser_disc, self.cfg.lr_disc, step - self.warm_up.start, ("disc",), terms)
+        self.scaler.update()
+        if self.cfg.ema:                                        # AveragedModel would wait for the GPU
+            average = get_ema_multi_avg_fn(self.cfg.ema if step else 0.0)
+            average([*self.average.parameters()], [*self.vae.parameters()], None)
 
     @property
     def images_an_update(self):
@@ -1085,9 +1154,8 @@ class Trainer:
         for name, part in self.parts.items():
             if training[name]:
                 part.load_state_dict(training[name])
-        if self.ema:
+        if self.cfg.ema:
             self.average.load_state_dict(checkpoint["state_dict"])
-            self.ema.n_averaged.fill_(checkpoint["step"])
         self.step, self.best = checkpoint["step"], checkpoint["best"]
         self.scaling_factor, loop = checkpoint["scaling_factor"], training["loop"]
         self.drawn, self.seen, self.events = loop["drawn"], loop["seen"], loop["events"]
@@ -1121,6 +1189,8 @@ def train(cfg):
     say = tqdm.write if rank == 0 else lambda line: None
     train_set, val_set = open_data(cfg)
     trainer, out = Trainer(cfg, device, rank, world), Path(cfg.out)
+    if cfg.compile and (problem := trainer.compile()):
+        say(problem)
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
     say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
         f"M; {len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
@@ -1370,6 +1440,9 @@ def launch(cfg):
     kind = next(k for k in there if there[k]) if cfg.device == "auto" else cfg.device
     if not there[kind]:
         raise UsageError(f"--device {kind}: there is none on this machine; take --device auto or cpu")
+    if kind == "cuda":
+        torch.backends.cudnn.benchmark = True                   # the shapes stay the same
+        torch.set_float32_matmul_precision("high")              # TF32, as convolutions have it by default
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return torch.device(kind), 0, 1
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
@@ -1385,7 +1458,8 @@ def launch(cfg):
 
 def autoencoder(cfg):
     """The AutoencoderKL of a Config, embed_dim = z_channels as in kl-f8. Needs: AutoencoderKL."""
-    return AutoencoderKL(3, cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels, cfg.z_channels)
+    return AutoencoderKL(3, cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels, cfg.z_channels,
+                         cfg.recompute)
 
 
 def open_data(cfg):
@@ -1707,9 +1781,11 @@ def high_frequency_energy(x):
     """Spectral energy above half of Nyquist, a mean over all values. A Hann window hides the jump from one
     border to the opposite one. Needs: nothing."""
     h, w = x.shape[-2:]
-    window = torch.outer(torch.hann_window(h, False), torch.hann_window(w, False)).to(x)
-    frequency = torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.fftfreq(w)).to(x)   # cycles a pixel
-    return (torch.fft.fft2(x * window, norm="ortho").abs().pow(2) * (frequency > 0.25)).mean(dim=(1, 2, 3))
+    place = dict(dtype=x.dtype, device=x.device)                # a copy from the host would wait for the GPU
+    window = torch.outer(*(torch.hann_window(n, False, **place) for n in (h, w)))
+    frequency = torch.hypot(torch.fft.fftfreq(h, **place)[:, None], torch.fft.fftfreq(w, **place))
+    spectrum = torch.fft.fft2(x * window, norm="ortho").abs().pow(2)
+    return (spectrum * (frequency > 0.25)).mean(dim=(1, 2, 3))                      # cycles a pixel
 
 
 @torch.no_grad()
@@ -1745,6 +1821,116 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
     return dict(images=count, **mean, sharpness=sharpness, scaling_factor=1 / std)
 
 
+# ---- What an update costs, and where.
+
+
+def peak_memory(device, reset=False):
+    """Bytes in use at most since the last reset: of a CUDA GPU, or of this process where Linux tells, else 0.
+
+    Needs: nothing.
+    """
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            return Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        return 0
+
+
+def measure(run, device, weights=(), patience=3.0):
+    """-> of run(): seconds, a mean of 3 to 50 runs, for `patience` seconds; FLOP, two for each multiplication
+    in a convolution or matrix product; bytes that autograd keeps, without `weights`; bytes in use at the
+    peak. FLOP and what is kept are those of uncompiled code. Needs: peak_memory."""
+    kept, counter = {}, FlopCounterMode(display=False)
+    no_tracker = SimpleNamespace(parents={"Global"}, __enter__=bool, __exit__=bool)
+    counter.mod_tracker = no_tracker                            # its own one cannot bear autograd.grad
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else bool
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def seconds(times):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            run()
+        synchronize()
+        return (time.perf_counter() - start) / times
+
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.compiler.set_stance("force_eager"):
+            run()
+    for weight in weights:
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    run()                                                       # compiles, or chooses algorithms
+    peak_memory(device, reset=True)
+    took = seconds(max(3, min(50, int(patience / seconds(1)))))
+    return took, counter.get_total_flops(), sum(kept.values()), peak_memory(device)
+
+
+def bench(cfg):
+    """`python vaegan.py bench`: print what an update costs, and its stages, each forward and backward.
+
+    Needs: all of the file.
+    """
+    device = launch(cfg)[0]
+    trainer, on_gpu = Trainer(replace(cfg, disc_lead=0, disc_ramp=0), device), device.type == "cuda"
+    if cfg.compile and (problem := trainer.compile()):
+        print(problem)
+    vae, disc, perceptual, amp = trainer.vae, trainer.disc, trainer.perceptual, trainer.amp
+    images = torch.randint(256, (cfg.batch_size, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
+    images, n = (images.pin_memory(), 8192) if on_gpu else (images, 2048)
+    x = to_model(images, device)
+    with torch.no_grad(), amp():
+        z = vae.encode(x).mode()
+        h = vae.decoder.body(vae.post_quant_conv(z))            # x̂ = conv_out(h)
+        kind = dict(device=device, dtype=vae.decoder.conv_out(h).dtype)
+    x_hat, z = x.clone().requires_grad_(), z.requires_grad_()
+    a, weight, image = (torch.randn(shape, **kind) for shape in ((n, n), (256, 256, 3, 3), (8, 256, 64, 64)))
+    image, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (image, weight))
+    runs = [measure(run, device) for run in (lambda: a @ a, lambda: F.conv2d(image, weight))]
+    peak = max(flop / took for took, flop, *_ in runs)          # of the faster of the two
+
+    def update(disc_start):
+        trainer.warm_up.start = disc_start
+        trainer.update(1, itertools.repeat(images))
+
+    def stage(forward, inputs):
+        def run():
+            with amp():
+                value = forward()
+            torch.autograd.grad(value, inputs)
+        return run
+
+    stages = {"update before the GAN": lambda: update(math.inf), "update": lambda: update(0),
+              "encoder": stage(lambda: vae.encode(x).kl().sum(), trainer.weights["enc"]),
+              "decoder": stage(lambda: vae.decode(z).sum(), [z, *trainer.weights["dec"]]),
+              "LPIPS": perceptual and stage(lambda: perceptual(x, x_hat).mean(), [x_hat]),
+              "D, for the decoder": stage(lambda: hinge_g_loss(disc(x_hat)), [x_hat]),
+              "λ": lambda: [last_layer_gradient(vae.decoder.conv_out, h, g).norm() for g in (x, x)],
+              "D, its own step": lambda: discriminator_step(disc, x, x_hat, amp=amp),
+              "optimisers, average": lambda: trainer.optimise(1, True, {})}
+    name = torch.cuda.get_device_name() if on_gpu else f"{device.type}, {torch.get_num_threads()} threads"
+    print(f"{cfg.preset}: ch {cfg.ch}, {cfg.image_size} px, batch {cfg.batch_size}, {trainer.precision}; "
+          f"{name}; torch {torch.__version__}; matrix peak {peak / 1e12:.3g} TFLOP/s\n\n"
+          "| forward and backward | ms | images/s | GFLOP | of the peak | saved, MiB | peak, MiB |\n"
+          "|---|---|---|---|---|---|---|")
+    for name, run in stages.items():
+        if run:
+            took, flop, kept, most = measure(run, device, [
+                p for net in (vae, disc, perceptual) if net for p in net.parameters()])
+            print(f"| {name} | {took * 1e3:.4g} | {cfg.batch_size / took:.4g} | {flop / 1e9:.4g} | "
+                  f"{flop / took / peak:.0%} | {kept / 2 ** 20:.4g} | {most / 2 ** 20:.0f} |", flush=True)
+    with contextlib.closing(batches(trainer, open_data(cfg)[0])) as loader:
+        for _ in range(2 * cfg.workers):                        # what is loaded ahead
+            next(loader)
+        took = measure(lambda: next(loader), device)[0]
+    print(f"\nThe loader, {cfg.workers} workers: {cfg.batch_size / took:.4g} images/s")
+
+
 # ---- The command line.
 
 
@@ -1776,7 +1962,7 @@ def eval_command(checkpoint, data, save_to, image_size, perceptual_net, device):
 
 
 def parse(argv):
-    """Command line -> dict of its flags, for `train` of those that were typed. Raises UsageError."""
+    """Command line -> dict of its flags, but for `eval` only of those that were typed. Raises UsageError."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UsageError(f"{message}; see {self.prog} --help")
@@ -1784,18 +1970,22 @@ def parse(argv):
     look = dict(allow_abbrev=False,
                 formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32))
     parser = Parser(prog="vaegan.py", description=__doc__.splitlines()[0], **look)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval")
-    sub = commands.add_parser("train", **look, help="train on a folder of images, or continue", description=(
-        "Train on a folder of images; the same command again continues. Flags go over the preset's values."))
-    names = dict.fromkeys(f.metadata["group"] for f in fields(Config))
-    groups = {name: sub.add_argument_group(name) for name in names}
-    for f in fields(Config):
-        meta = f.metadata
-        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(
-            type=meta["parse"], choices=meta["choices"], nargs="+" if f.name == "ch_mult" else None,
-            metavar="N" if meta["parse"] in (int, float) else None)
-        groups[meta["group"]].add_argument(flag_of(f.name), default=argparse.SUPPRESS,
-                                           help=meta["help"], **kind)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval|bench")
+    texts = dict(train=("train on a folder of images, or continue", "Train on a folder of images; the same "
+                        "command again continues. Flags go over the preset's values."),
+                 bench=("what an update of train costs", "Time, arithmetic and memory of an update and of its "
+                        "stages, to choose --batch-size by. The flags are those of train."))
+    for command, (help, description) in texts.items():
+        sub = commands.add_parser(command, **look, help=help, description=description)
+        names = dict.fromkeys(f.metadata["group"] for f in fields(Config))
+        groups = {name: sub.add_argument_group(name) for name in names}
+        for f in fields(Config):
+            meta = f.metadata
+            kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(
+                type=meta["parse"], choices=meta["choices"], nargs="+" if f.name == "ch_mult" else None,
+                metavar="N" if meta["parse"] in (int, float) else None)
+            groups[meta["group"]].add_argument(flag_of(f.name), default=argparse.SUPPRESS, help=meta["help"],
+                                               **kind)
     sub = commands.add_parser("eval", **look, help="measure a checkpoint on a folder of images", description=(
         "PSNR, SSIM, LPIPS, sharpness and KL of a checkpoint's reconstructions of centre crops."))
     sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run")
@@ -1818,7 +2008,8 @@ def main(argv=None):
             stream.reconfigure(errors="backslashreplace")
     try:
         flags = parse(argv)
-        if flags.pop("command") == "eval":
+        command = flags.pop("command")
+        if command == "eval":
             eval_command(**flags)
             return 0
         preset = flags.pop("preset", "auto")
@@ -1827,7 +2018,7 @@ def main(argv=None):
             preset, other = ("sd", "tiny") if gpu else ("tiny", "sd")
             if is_main:
                 print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes that one")
-        train(Config.of(preset, **flags))
+        (train if command == "train" else bench)(Config.of(preset, **flags))
         return 0
     except UsageError as error:
         status, line = 2, error
@@ -1835,6 +2026,9 @@ def main(argv=None):
         status, line = 1, error
     except CollapseError as error:
         status, line = 3, error
+    except torch.OutOfMemoryError as error:                     # of a GPU
+        status, line = 1, (f"{str(error).splitlines()[0]} Take a smaller --batch-size, --accumulate for as many "
+                           "images an update as before, or --recompute; `vaegan.py bench` shows what fits")
     except KeyboardInterrupt as error:
         number, line = error.args or (signal.SIGINT, "interrupted")
         status = 128 + number
