@@ -1884,7 +1884,7 @@ def bench(cfg):
     images = torch.randint(256, (cfg.batch_size, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
     images, n = (images.pin_memory(), 8192) if on_gpu else (images, 2048)
     x = to_model(images, device)
-    with torch.no_grad(), amp():
+    with torch.no_grad(), amp(), torch.compiler.set_stance("force_eager"):
         z = vae.encode(x).mode()
         h = vae.decoder.body(vae.post_quant_conv(z))            # x̂ = conv_out(h)
         kind = dict(device=device, dtype=vae.decoder.conv_out(h).dtype)
@@ -1896,7 +1896,14 @@ def bench(cfg):
 
     def update(disc_start):
         trainer.warm_up.start = disc_start
-        trainer.update(1, itertools.repeat(images))
+        return trainer.update(1, itertools.repeat(images))[0]
+
+    terms = update(0)
+
+    def watch():
+        rows = [(step, terms) for step in range(9)] + [(9, terms | trainer.monitor.look(x, x_hat.detach()))]
+        for step, numbers in read(rows).items():
+            trainer.monitor.observe(step, numbers)
 
     def stage(forward, inputs):
         def run():
@@ -1905,30 +1912,33 @@ def bench(cfg):
             torch.autograd.grad(value, inputs)
         return run
 
-    stages = {"update before the GAN": lambda: update(math.inf), "update": lambda: update(0),
+    stages = {"update": lambda: update(0), "update before the GAN": lambda: update(math.inf),
               "encoder": stage(lambda: vae.encode(x).kl().sum(), trainer.weights["enc"]),
               "decoder": stage(lambda: vae.decode(z).sum(), [z, *trainer.weights["dec"]]),
               "LPIPS": perceptual and stage(lambda: perceptual(x, x_hat).mean(), [x_hat]),
               "D, for the decoder": stage(lambda: hinge_g_loss(disc(x_hat)), [x_hat]),
               "λ": lambda: [last_layer_gradient(vae.decoder.conv_out, h, g).norm() for g in (x, x)],
               "D, its own step": lambda: discriminator_step(disc, x, x_hat, amp=amp),
-              "optimisers, average": lambda: trainer.optimise(1, True, {})}
+              "optimisers, average": lambda: trainer.optimise(1, True, {}), "monitor, for ten steps": watch}
     name = torch.cuda.get_device_name() if on_gpu else f"{device.type}, {torch.get_num_threads()} threads"
     print(f"{cfg.preset}: ch {cfg.ch}, {cfg.image_size} px, batch {cfg.batch_size}, {trainer.precision}; "
           f"{name}; torch {torch.__version__}; matrix peak {peak / 1e12:.3g} TFLOP/s\n\n"
-          "| forward and backward | ms | images/s | GFLOP | of the peak | saved, MiB | peak, MiB |\n"
+          "| forward and backward | ms | of the update | GFLOP | of the peak | saved, MiB | peak, MiB |\n"
           "|---|---|---|---|---|---|---|")
+    seconds, weights = {}, [p for net in (vae, disc, perceptual) if net for p in net.parameters()]
     for name, run in stages.items():
         if run:
-            took, flop, kept, most = measure(run, device, [
-                p for net in (vae, disc, perceptual) if net for p in net.parameters()])
-            print(f"| {name} | {took * 1e3:.4g} | {cfg.batch_size / took:.4g} | {flop / 1e9:.4g} | "
-                  f"{flop / took / peak:.0%} | {kept / 2 ** 20:.4g} | {most / 2 ** 20:.0f} |", flush=True)
+            seconds[name], flop, kept, most = measure(run, device, weights)
+            print(f"| {name} | {seconds[name] * 1e3:.4g} | {seconds[name] / seconds['update']:.0%} | "
+                  f"{flop / 1e9:.4g} | {flop / seconds[name] / peak:.0%} | {kept / 2 ** 20:.4g} | "
+                  f"{most / 2 ** 20:.0f} |", flush=True)
     with contextlib.closing(batches(trainer, open_data(cfg)[0])) as loader:
-        for _ in range(2 * cfg.workers):                        # what is loaded ahead
+        for _ in range(2 * cfg.workers):                        # what has been loaded ahead
             next(loader)
-        took = measure(lambda: next(loader), device)[0]
-    print(f"\nThe loader, {cfg.workers} workers: {cfg.batch_size / took:.4g} images/s")
+        seconds[f"loader with --workers {cfg.workers}"] = measure(lambda: next(loader), device)[0]
+    images = {"update": trainer.images_an_update, "update before the GAN": trainer.images_an_update,
+              f"loader with --workers {cfg.workers}": cfg.batch_size}
+    print("\nimages/s: " + ", ".join(f"{name} {n / seconds[name]:.4g}" for name, n in images.items()))
 
 
 # ---- The command line.
@@ -1971,8 +1981,8 @@ def parse(argv):
                 formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32))
     parser = Parser(prog="vaegan.py", description=__doc__.splitlines()[0], **look)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval|bench")
-    texts = dict(train=("train on a folder of images, or continue", "Train on a folder of images; the same "
-                        "command again continues. Flags go over the preset's values."),
+    texts = dict(train=("train on a folder of images, or continue", "Train on a folder of images; the "
+                        "same command again continues. Flags go over the preset's values."),
                  bench=("what an update of train costs", "Time, arithmetic and memory of an update and of its "
                         "stages, to choose --batch-size by. The flags are those of train."))
     for command, (help, description) in texts.items():
@@ -2027,8 +2037,8 @@ def main(argv=None):
     except CollapseError as error:
         status, line = 3, error
     except torch.OutOfMemoryError as error:                     # of a GPU
-        status, line = 1, (f"{str(error).splitlines()[0]} Take a smaller --batch-size, --accumulate for as many "
-                           "images an update as before, or --recompute; `vaegan.py bench` shows what fits")
+        status, line = 1, (f"{str(error).splitlines()[0]} Take a smaller --batch-size, with --accumulate for "
+                           "as many images an update, or --recompute; `vaegan.py bench` shows what fits")
     except KeyboardInterrupt as error:
         number, line = error.args or (signal.SIGINT, "interrupted")
         status = 128 + number
