@@ -2,6 +2,7 @@
 
     pytest test_vaegan.py               CPU, no network, no data, under three minutes
     python test_vaegan.py bench [CH SIZE BATCH ROUNDS]  time, arithmetic and memory of the textbook step and of ours
+    python test_vaegan.py lpips PHOTOS                  what low precision changes in LPIPS
     python test_vaegan.py faults [FOLDER]               kills, signals, full disks, bad files: what a run survives
     python test_vaegan.py collapse PHOTOS HELD_OUT      what the collapse monitor says of healthy and of ruined runs
 """
@@ -1050,13 +1051,17 @@ def graphs_only(monkeypatch):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_compiled_step_equals_the_eager_one(monkeypatch, recompute):
     graphs_only(monkeypatch)
-    rows = []
+    rows, convolutions = [], []
     for compiled in (False, True):
         trainer, stream = Trainer(tiny_config(recompute=recompute), torch.device("cpu")), iter(batches())
         trainer.perceptual = random_perceptual()
         assert not compiled or trainer.compile() is None
         rows.append([{k: v.item() for k, v in trainer.update(step, stream)[0].items()} for step in range(2)])
-        rows[-1].append([p.detach() for p in trainer.vae.parameters()])
+        rows[-1].append([p.detach().clone() for p in trainer.vae.parameters()])
+        with torch.autograd.profiler.profile() as profiled:
+            trainer.update(2, stream)
+        convolutions.append({e.key: e.count for e in profiled.key_averages()}.get("aten::mkldnn_convolution"))
+    assert convolutions[0] == convolutions[1]                                   # the compiler repeats none
     for eager, compiled in zip(rows[0][:2], rows[1][:2]):
         assert eager.keys() == compiled.keys()
         assert all(math.isclose(eager[k], compiled[k], rel_tol=1e-3, abs_tol=1e-4) for k in eager), (eager, compiled)
@@ -1478,7 +1483,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "UsageError": "raise_it = UsageError('x')", "arg": "arg('g', 1, 'help')", "step_or_plateau": "step_or_plateau('3')",
     "flag_of": "assert flag_of('lr_disc') == '--lr-disc'", "save_json": "save_json(dict(a=1), Path(folder) / 'a.json')",
     "Config": "assert Config.of('tiny').image_size == 64 and Config().ch == 128",
-    "GroupNorm": "GroupNorm(64)(torch.zeros(1, 64, 2, 2))", "lean": "assert lean(nn.Module(), len, [3]) == 1",
+    "GroupNorm": "GroupNorm(64)(torch.zeros(1, 64, 2, 2))", "recomputed": "assert recomputed(nn.Module(), len, [3]) == 1",
     "last_layer_gradient": "last_layer_gradient(nn.Conv2d(4, 3, 3), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8))",
     "peak_memory": "peak_memory(torch.device('cpu'), reset=True); peak_memory(torch.device('cpu'))",
     "measure": "a = torch.ones(8, 8); assert measure(lambda: a @ a, torch.device('cpu'), patience=0)[1] == 2 * 8 ** 3",
@@ -2497,6 +2502,43 @@ def bench(ch=64, size=128, batch=2, rounds=9):
     for name, seconds in times.items():
         print(f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
               f"{textbook_time / statistics.median(seconds):.2f} | {flops[name]:.0f} | {kept[name]:.0f} |")
+    ways = {"fused": dict(fused=True), "by lists": dict(foreach=True), "one by one": dict(foreach=False)}
+    adams = {name: torch.optim.Adam(vae.parameters(), 1e-9, **options) for name, options in ways.items()}
+    times = {name: [] for name in adams}
+    for round_, (name, adam) in itertools.product(range(rounds + 1), adams.items()):
+        start = time.perf_counter()
+        adam.step()
+        times[name] += [1e3 * (time.perf_counter() - start)] * (round_ > 0)
+    print("\nAdam, median of the rounds, ms: " + ", ".join(f"{name} {statistics.median(ms):.0f}" for name, ms in times.items()))
+
+
+# --- python test_vaegan.py lpips PHOTOS: what low precision changes in LPIPS, beside what a change of the image does
+
+
+def lpips_table(photos):
+    """Over 16 centre crops of 128 px and their blurred and noisy copies; the reference is LPIPS in fp32."""
+    data = ImageFolder(photos, 128, train=False)
+    x = vaegan.to_model(torch.stack([data[i] for i in range(16)]), "cpu")
+    x_hat = F.interpolate(F.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True), scale_factor=2, mode="bicubic")
+    x_hat = x_hat + 0.03 * torch.randn(x.shape, generator=seeded(0))
+    noise = 1e-3 * torch.randn(x.shape, generator=seeded(1))                    # an eighth of a grey level, 2/255
+    cases = {"its trunk in bf16": (x_hat, torch.bfloat16), "its trunk in fp16": (x_hat, torch.float16),
+             "x̂ rounded to bf16": (x_hat.bfloat16().float(), None), "x̂ moved by an eighth of a grey level": (x_hat + noise, None)}
+
+    def distance_and_gradient(perceptual, image, dtype):
+        leaf = image.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            distance = perceptual(x, leaf)
+        return distance.detach(), torch.autograd.grad(distance.sum(), leaf)[0].flatten(1)
+
+    print("| net | what is changed | distance, mean (largest) | gradient, mean (largest) |\n|---|---|---|---|")
+    for net in ("alex", "squeeze"):
+        perceptual = Perceptual(net)
+        distance, gradient = distance_and_gradient(perceptual, x_hat, None)
+        for name, (image, dtype) in cases.items():
+            other, other_gradient = distance_and_gradient(perceptual, image, dtype)
+            off, turned = (other - distance).abs() / distance, (other_gradient - gradient).norm(dim=1) / gradient.norm(dim=1)
+            print(f"| {net} | {name} | {off.mean():.2%} ({off.max():.2%}) | {turned.mean():.0%} ({turned.max():.0%}) |")
 
 
 # --- python test_vaegan.py collapse PHOTOS HELD_OUT: which runs go wrong, when, and what the monitor says
@@ -2758,9 +2800,11 @@ def faults(awkward=None):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         bench(*map(int, sys.argv[2:]))
+    elif sys.argv[1:2] == ["lpips"]:
+        lpips_table(*sys.argv[2:])
     elif sys.argv[1:2] == ["faults"]:
         faults(*sys.argv[2:])
     elif len(sys.argv) == 4 and sys.argv[1] == "collapse":
         collapse_table(*sys.argv[2:])
     else:
-        sys.exit("python test_vaegan.py bench [CH SIZE BATCH ROUNDS] | faults [FOLDER] | collapse PHOTOS HELD_OUT, or: pytest test_vaegan.py")
+        sys.exit("python test_vaegan.py bench [CH SIZE BATCH ROUNDS] | lpips PHOTOS | faults [FOLDER] | collapse PHOTOS HELD_OUT, or: pytest test_vaegan.py")

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -175,21 +175,24 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-def lean(module, f, x):
+def recomputed(module, f, x):
     """f(x). Where module.recompute is true, autograd keeps nothing of it but x: on the way back f runs again,
-    until all is there that its gradient needs. Of a convolution that is the input, so it is not repeated.
+    until all is there that its gradient needs. Of a convolution that is the input, so it is not repeated; a
+    compiler has to be told.
 
     Source: Chen et al. 2016, as torch.utils.checkpoint has it. Needs: nothing.
     """
-    if getattr(module, "recompute", False) and torch.is_grad_enabled():
-        return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False)
-    return f(x)
+    if not (getattr(module, "recompute", False) and torch.is_grad_enabled()):
+        return f(x)
+    told = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=told if torch.compiler.is_compiling() else noop_context_fn)
 
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))); where the width changes, x goes through a 1×1 convolution.
 
-    (B, c_in, H, W) -> (B, c_out, H, W). Needs: GroupNorm, lean.
+    (B, c_in, H, W) -> (B, c_out, H, W). Needs: GroupNorm, recomputed.
     """
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -201,8 +204,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        h = lean(self, lambda x: self.conv1(F.silu(self.norm1(x))), x)
-        h = lean(self, lambda h: self.conv2(F.silu(self.norm2(h))), h)
+        h = recomputed(self, lambda x: self.conv1(F.silu(self.norm1(x))), x)
+        h = recomputed(self, lambda h: self.conv2(F.silu(self.norm2(h))), h)
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -221,23 +224,23 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """Stride-2 convolution, zeros at right and bottom. (B, C, H, W) -> (B, C, H/2, W/2). Needs: lean."""
+    """Stride-2 convolution, zeros right and below. (B, C, H, W) -> (B, C, H/2, W/2). Needs: recomputed."""
     def __init__(self, channels):
         conv = nn.Conv2d(channels, channels, 3, stride=2)
         super().__init__(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))    # left, right, top, bottom
 
     def forward(self, x):
-        return lean(self, super().forward, x)
+        return recomputed(self, super().forward, x)
 
 
 class Upsample(nn.Sequential):
-    """Nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2H, 2W). Needs: lean."""
+    """Nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2H, 2W). Needs: recomputed."""
     def __init__(self, channels):
         conv = nn.Conv2d(channels, channels, 3, padding=1)
         super().__init__(OrderedDict(up=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))
 
     def forward(self, x):
-        return lean(self, super().forward, x)
+        return recomputed(self, super().forward, x)
 
 
 def level(c_in, c, n, **then):
@@ -255,7 +258,7 @@ def middle(c):
 class Encoder(nn.Module):
     """Image to moments: (B, in_channels, H, W) -> (B, 2·z_channels, H/f, W/f), f = 2^(len(ch_mult) - 1).
 
-    Needs: Downsample, level, middle, GroupNorm, lean and what those need.
+    Needs: Downsample, level, middle, GroupNorm, recomputed and what those need.
     """
     def __init__(self, in_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4):
         super().__init__()
@@ -272,13 +275,14 @@ class Encoder(nn.Module):
     def forward(self, x):
         h = self.conv_in(x)                                     # (B, ch, H, W)
         h = self.mid(self.down(h))                              # (B, ch·ch_mult[-1], H/f, W/f)
-        return lean(self, lambda h: self.conv_out(F.silu(self.norm_out(h))), h)     # (B, 2·z_channels, …)
+        return recomputed(self, lambda h: self.conv_out(F.silu(self.norm_out(h))), h)   # (B, 2·z_channels, …)
 
 
 class Decoder(nn.Module):
     """Latent to image: (B, z_channels, h, w) -> (B, out_channels, h·f, w·f).
 
-    One block a level more than Encoder. Needs: Upsample, level, middle, GroupNorm, lean and what those need.
+    One block a level more than Encoder. Needs: Upsample, level, middle, GroupNorm, recomputed and what those
+    need.
     """
     def __init__(self, out_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4):
         super().__init__()
@@ -297,7 +301,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))                           # (B, ch·ch_mult[-1], h, w)
         for up in reversed(self.up):
             h = up(h)                                           # (B, ch·ch_mult[0], h·f, w·f) after the last
-        return lean(self, lambda h: F.silu(self.norm_out(h)), h)
+        return recomputed(self, lambda h: F.silu(self.norm_out(h)), h)      # (B, ch, h·f, w·f)
 
     def forward(self, z):
         return self.conv_out(self.body(z))                      # (B, out_channels, h·f, w·f)
@@ -1043,7 +1047,8 @@ class Trainer:
         self.amp = functools.partial(torch.autocast, device.type, low, enabled=low is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.noise = torch.Generator(device)
-        self.parallel = [DistributedDataParallel(net) if world > 1 else net for net in (vae, self.disc)]
+        self.parallel = [DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
+                         for net in (vae, self.disc)]
         self.parts = dict(vae=vae, discriminator=self.disc, optimiser=self.optimiser,
                           optimiser_disc=self.optimiser_disc, scaler=self.scaler, warm_up=self.warm_up,
                           monitor=self.monitor)
@@ -1898,7 +1903,9 @@ def bench(cfg):
         trainer.warm_up.start = disc_start
         return trainer.update(1, itertools.repeat(images))[0]
 
+    start = time.perf_counter()
     terms = update(0)
+    first = time.perf_counter() - start                         # compiles
 
     def watch():
         rows = [(step, terms) for step in range(9)] + [(9, terms | trainer.monitor.look(x, x_hat.detach()))]
@@ -1938,7 +1945,8 @@ def bench(cfg):
         seconds[f"loader with --workers {cfg.workers}"] = measure(lambda: next(loader), device)[0]
     images = {"update": trainer.images_an_update, "update before the GAN": trainer.images_an_update,
               f"loader with --workers {cfg.workers}": cfg.batch_size}
-    print("\nimages/s: " + ", ".join(f"{name} {n / seconds[name]:.4g}" for name, n in images.items()))
+    print("\nimages/s: " + ", ".join(f"{name} {n / seconds[name]:.4g}" for name, n in images.items())
+          + f"; the first update took {first:.1f} s")
 
 
 # ---- The command line.
@@ -1981,9 +1989,9 @@ def parse(argv):
                 formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32))
     parser = Parser(prog="vaegan.py", description=__doc__.splitlines()[0], **look)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval|bench")
-    texts = dict(train=("train on a folder of images, or continue", "Train on a folder of images; the "
-                        "same command again continues. Flags go over the preset's values."),
-                 bench=("what an update of train costs", "Time, arithmetic and memory of an update and of its "
+    texts = dict(train=("train on a folder of images, or continue", "Train on a folder of images; the same "
+                        "command again continues. Flags go over the preset's values."),
+                 bench=("what an update of train costs", "Time, arithmetic and memory of an update and its "
                         "stages, to choose --batch-size by. The flags are those of train."))
     for command, (help, description) in texts.items():
         sub = commands.add_parser(command, **look, help=help, description=description)
