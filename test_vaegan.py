@@ -887,9 +887,11 @@ def test_low_precision_gives_lambda_and_gradients_near_fp32(dtype, scale, tolera
 def test_all_losses_and_lambda_are_fp32_in_low_precision(dtype, scale):
     vae, disc = small_nets()
     amp = lambda: torch.autocast("cpu", dtype)
-    x_hat, terms = generator_step(vae, disc, images(), perceptual=random_perceptual(), amp=amp, loss_scale=torch.tensor(scale))
+    perceptual, trunk = random_perceptual(), set()
+    perceptual.lpips.net.register_forward_hook(lambda module, args, out: trunk.update(f.dtype for f in out))
+    x_hat, terms = generator_step(vae, disc, images(), perceptual=perceptual, amp=amp, loss_scale=torch.tensor(scale))
     terms |= discriminator_step(disc, images(), x_hat, amp=amp, loss_scale=torch.tensor(scale))
-    assert {value.dtype for value in terms.values()} == {x_hat.dtype} == {torch.float32}
+    assert {value.dtype for value in terms.values()} == {x_hat.dtype} == {torch.float32} and trunk == {dtype}
     assert all(p.grad.isfinite().all() for net in (vae, disc) for p in net.parameters())
     assert math.isclose(terms["lpips"], random_perceptual()(images(), x_hat).mean(), rel_tol=0.01)
 
@@ -1048,24 +1050,30 @@ def graphs_only(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_compiled_step_equals_the_eager_one(monkeypatch, recompute):
+@pytest.mark.parametrize("recompute, r1", [(False, 10.0), (True, 0.0)])
+def test_the_compiled_step_equals_the_eager_one(monkeypatch, recompute, r1):
     graphs_only(monkeypatch)
-    rows, convolutions = [], []
+    torch._dynamo.reset()
+    graphs, runs = (lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]), []
     for compiled in (False, True):
-        trainer, stream = Trainer(tiny_config(recompute=recompute), torch.device("cpu")), iter(batches())
+        trainer, stream = Trainer(tiny_config(recompute=recompute, r1=r1, compile=compiled), torch.device("cpu")), iter(batches())
         trainer.perceptual = random_perceptual()
-        assert not compiled or trainer.compile() is None
-        rows.append([{k: v.item() for k, v in trainer.update(step, stream)[0].items()} for step in range(2)])
-        rows[-1].append([p.detach().clone() for p in trainer.vae.parameters()])
+        trainer.compile(pytest.fail)
+        torch._dynamo.utils.counters.clear()
+        terms = [{k: v.item() for k, v in trainer.update(step, stream)[0].items()} for step in range(2)]
+        weights = [p.detach().clone() for p in trainer.vae.parameters()]
         with torch.autograd.profiler.profile() as profiled:
             trainer.update(2, stream)
-        convolutions.append({e.key: e.count for e in profiled.key_averages()}.get("aten::mkldnn_convolution"))
-    assert convolutions[0] == convolutions[1]                                   # the compiler repeats none
-    for eager, compiled in zip(rows[0][:2], rows[1][:2]):
-        assert eager.keys() == compiled.keys()
-        assert all(math.isclose(eager[k], compiled[k], rel_tol=1e-3, abs_tol=1e-4) for k in eager), (eager, compiled)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(rows[0][2], rows[1][2]))
+        runs.append((terms, weights, {e.key: e.count for e in profiled.key_averages()}.get("aten::mkldnn_convolution")))
+    assert graphs() >= (3 if r1 else 5)                         # encoder, decoder, LPIPS; without R1 D for G's step and its own
+    before = graphs()
+    trainer.update(9, stream), trainer.update(49, stream)                       # looks, of which one at the slope
+    assert graphs() == before
+    (eager, eager_weights, convolutions), (compiled, compiled_weights, compiled_convolutions) = runs
+    assert convolutions == compiled_convolutions                                # the compiler repeats none
+    for a, b in zip(eager, compiled):
+        assert a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=1e-3, abs_tol=1e-4) for k in a), (a, b)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(eager_weights, compiled_weights))
 
 
 # --- trainer
@@ -1486,6 +1494,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "GroupNorm": "GroupNorm(64)(torch.zeros(1, 64, 2, 2))", "recomputed": "assert recomputed(nn.Module(), len, [3]) == 1",
     "last_layer_gradient": "last_layer_gradient(nn.Conv2d(4, 3, 3), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8))",
     "peak_memory": "peak_memory(torch.device('cpu'), reset=True); peak_memory(torch.device('cpu'))",
+    "matrix_peak": "measure = functools.partial(measure, patience=0); assert matrix_peak(torch.device('cpu'), torch.float32) > 0",
     "measure": "a = torch.ones(8, 8); assert measure(lambda: a @ a, torch.device('cpu'), patience=0)[1] == 2 * 8 ** 3",
     "ResnetBlock": "ResnetBlock(8, 16)(torch.zeros(1, 8, 4, 4))", "AttnBlock": "AttnBlock(8)(torch.zeros(1, 8, 4, 4))",
     "Downsample": "Downsample(8)(torch.zeros(1, 8, 4, 4))", "Upsample": "Upsample(8)(torch.zeros(1, 8, 4, 4))",
@@ -1899,20 +1908,33 @@ def test_torchrun_trains_two_processes_into_one_folder(tmp_path):
 def test_bench_prints_time_arithmetic_and_memory_of_the_update_and_its_stages(monkeypatch, capsys):
     monkeypatch.setattr(vaegan, "measure", functools.partial(vaegan.measure, patience=0.0))
     tables = {}
-    for flag in ("--recompute", "--no-recompute"):
-        assert in_this_process("bench", *tiny_flags("unused", flag)[1:]) == 0
-        tables[flag] = {cells[0]: [float(cell.strip("%")) for cell in cells[1:]] for cells in (
-            [cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
-            if line.startswith("|") and "---" not in line) if cells[1] != "ms"}
+    for flag, *more in ("--recompute", "--r1", 10), ("--no-recompute", "--disc-weight", 0):
+        assert in_this_process("bench", *tiny_flags("unused", flag, *more)[1:]) == 0
+        printed = capsys.readouterr().out
+        tables[flag] = {cells[0]: cells[1:] for cells in (
+            [cell.strip(" %") for cell in line.strip("|").split("|")] for line in printed.splitlines()
+            if line.startswith("|") and "---" not in line)}
+        columns = tables[flag].pop("forward and backward")
+        tables[flag] = {name: {column: float(cell or 0) for column, cell in zip(columns, cells)} for name, cells in tables[flag].items()}
+        rows = tables[flag]
+        assert all(row["ms"] > 0 and abs(row["of the update"] / 100 - row["ms"] / rows["update"]["ms"]) < 0.01 for row in rows.values())
+        speed = float(re.search(r"images/s: update (\S+),", printed)[1])
+        assert math.isclose(speed * rows["update"]["ms"], 2000, rel_tol=0.01)                   # batch 2
+    with_gan, without = tables["--recompute"], tables["--no-recompute"]
+    stages = ["encoder", "decoder", "D, for the decoder", "λ", "D, its own step", "optimisers, average", "monitor, for 50 steps"]
+    assert list(with_gan) == ["update", "update before the GAN", "update with R1", *stages]
+    assert list(without) == ["update", "update before the GAN", *(stage for stage in stages if stage[0] not in "Dλ")]
     for rows in tables.values():
-        stages = [name for name in rows if not name.startswith("update")]
-        assert stages == ["encoder", "decoder", "D, for the decoder", "λ", "D, its own step", "optimisers, average",
-                          "monitor, for ten steps"]
-        assert math.isclose(rows["update"][2], sum(rows[name][2] for name in stages), rel_tol=0.01)             # GFLOP
-        assert all(ms > 0 and abs(share / 100 - ms / rows["update"][0]) < 0.01 for ms, share, *_ in rows.values())
-        assert rows["update before the GAN"][2] < rows["update"][2]
-    kept = {flag: rows["encoder"][4] + rows["decoder"][4] for flag, rows in tables.items()}
-    assert kept["--recompute"] < 0.6 * kept["--no-recompute"]
+        assert math.isclose(rows["update"]["GFLOP"], sum(rows[name]["GFLOP"] for name in stages[:-1] if name in rows), rel_tol=0.01)
+    assert without["update"]["GFLOP"] == with_gan["update before the GAN"]["GFLOP"] < with_gan["update"]["GFLOP"]
+    kept = [sum(rows[name]["saved, MiB"] for name in ("encoder", "decoder")) for rows in (with_gan, without)]
+    assert kept[0] < 0.6 * kept[1]
+
+
+def test_bench_refuses_bad_data_before_it_measures_and_several_processes(monkeypatch, capsys, tmp_path):
+    assert in_this_process("bench", "--data", tmp_path / "nowhere") == 2 and "nowhere: no such folder" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert in_this_process("bench") == 2 and "instead of torchrun" in capsys.readouterr().err
 
 
 def test_measure_counts_flop_kept_bytes_and_the_time_of_runs():
@@ -1924,10 +1946,10 @@ def test_measure_counts_flop_kept_bytes_and_the_time_of_runs():
 
 def test_a_gpu_that_is_full_ends_the_run_with_status_1_and_the_way_out(tmp_path, monkeypatch, capsys):
     def full(trainer, step, images):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of ...")
     monkeypatch.setattr(Trainer, "update", full)
     assert in_this_process(*tiny_flags(tmp_path / "run")) == 1
-    assert "CUDA out of memory. Tried to allocate 1 GiB. Take a smaller --batch-size" in capsys.readouterr().err
+    assert "CUDA out of memory. Tried to allocate 1.00 GiB: take a smaller --batch-size" in capsys.readouterr().err
 
 
 def test_without_a_compiler_the_run_says_so_in_one_line_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -1949,6 +1971,7 @@ def test_presets_come_first_and_flags_go_over_them():
     assert (Config.of("sd").ch, Config.of("sd").ch_mult, Config.of("sd").image_size) == (128, (1, 2, 4, 4), 256)
     assert (Config.of("sd").kl_weight, Config.of("sd").disc_weight, Config.of("sd").perceptual_weight) == (1e-6, 0.5, 1.0)
     assert (Config.of("tiny").image_size, Config.of("tiny").perceptual_weight) == (64, 0.0)
+    assert Config.of("sd").recompute and not Config.of("tiny").recompute and not AutoencoderKL(**SMALL).encoder.recompute
     assert Config.of("tiny", image_size=128).image_size == 128 and Config.of("tiny", ch=8).ch == 8
 
 
@@ -2492,9 +2515,10 @@ def bench(ch=64, size=128, batch=2, rounds=9):
         flops[name] = flops[name] if round_ else gflop(way) / batch             # the first round warms up
         way() if round_ else None
         times[name] += [time.perf_counter() - start] * (round_ > 0)
-        if not round_:
+        if not round_:                                                          # of images, not of weights in bf16
             with bf16() if "bf16" in name else contextlib.nullcontext():
-                kept[name] = kept_bytes(lambda: net(x, generator=seeded(1))[0], net)[0] / batch / 2 ** 20
+                twice, once = (kept_bytes(lambda: net(torch.cat([x] * k), generator=seeded(1))[0], net)[0] for k in (2, 1))
+            kept[name] = (twice - once) / batch / 2 ** 20
     print(f"ch {ch}, {size} px, batch {batch}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds\n\n"
           "| step | median, s | fastest to slowest, s | textbook's time over it | GFLOP an image | kept by the autoencoder, "
           "MiB an image |\n|---|---|---|---|---|---|")

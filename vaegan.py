@@ -182,7 +182,7 @@ def recomputed(module, f, x):
 
     Source: Chen et al. 2016, as torch.utils.checkpoint has it. Needs: nothing.
     """
-    if not (getattr(module, "recompute", False) and torch.is_grad_enabled()):
+    if not getattr(module, "recompute", False):
         return f(x)
     told = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
     return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False,
@@ -224,13 +224,10 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """Stride-2 convolution, zeros right and below. (B, C, H, W) -> (B, C, H/2, W/2). Needs: recomputed."""
+    """Stride-2 convolution, zeros at right and bottom. (B, C, H, W) -> (B, C, H/2, W/2). Needs: nothing."""
     def __init__(self, channels):
         conv = nn.Conv2d(channels, channels, 3, stride=2)
         super().__init__(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))    # left, right, top, bottom
-
-    def forward(self, x):
-        return recomputed(self, super().forward, x)
 
 
 class Upsample(nn.Sequential):
@@ -338,7 +335,7 @@ class AutoencoderKL(nn.Module):
     Source: Rombach et al. 2022; CompVis ldm/models/autoencoder.py. x: (B, in_channels, H, W) in [-1, 1],
     z: (B, embed_dim, H/f, W/f), x_hat: as x but unbounded. Posterior and x_hat are of x's dtype, under
     autocast too. recompute: keep 2.7 times fewer activations for the backward pass, all but the convolutions'
-    outputs, at 2 to 5 % of its time in fp32; the gradients are the same. Raises ValueError unless f divides
+    outputs, at 1 to 6 % of its time in fp32; the gradients are the same. Raises ValueError unless f divides
     H and W.
     Needs: Encoder, Decoder, DiagonalGaussian and what those need.
     """
@@ -1053,13 +1050,14 @@ class Trainer:
                           optimiser_disc=self.optimiser_disc, scaler=self.scaler, warm_up=self.warm_up,
                           monitor=self.monitor)
 
-    def compile(self):
-        """Compile the networks, but not the decoder's last layer, so that its input is there to take λ with.
-        -> why it cannot be, or None."""
+    def compile(self, say):
+        """With --compile: the networks, but not the decoder's last layer, so that λ has its input."""
+        if not self.cfg.compile:
+            return
         try:
             torch.compile(torch.neg)(torch.ones(2, device=self.device))
         except Exception as error:                              # no compiler, or one that does not work
-            return f"--compile: {str(error).strip().splitlines()[0]}; goes on without"
+            return say(f"--compile: {str(error).strip().splitlines()[0]}; goes on without")
         self.vae.decoder.body = torch.compile(self.vae.decoder.body, dynamic=False)
         disc = None if self.cfg.r1 else self.disc               # compiled code has no second derivative
         for net in filter(None, (self.vae.encoder, self.perceptual, disc)):
@@ -1086,14 +1084,19 @@ class Trainer:
                 r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0     # lazy: Karras et al. 2020, §3.1
                 terms |= discriminator_step(self.parallel[1], x, x_hat, r1=r1, amp=self.amp,
                                             loss_scale=loss_scale)
-            if (step + 1) % self.look_every == 0:               # the slope costs three forwards of an image,
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"):     # not compiled for one
-                    z = self.vae.encode(x[:1]).mode() if (step + 1) % 50 == 0 else None
-                    terms |= self.monitor.look(x, x_hat, z, self.vae.decode)
+            if (step + 1) % self.look_every == 0:
+                terms |= self.look(step, x, x_hat)
             rows.append(terms)
         self.optimise(step, train_disc, terms)
         self.step, self.drawn = step + 1, self.drawn + self.images_an_update
         return rows
+
+    def look(self, step, x, x_hat):
+        """The monitor's look -> terms; every fifty steps with the decoder's slope, which costs three forwards
+        of an image, in fp32, for rounding would drown it. Nothing is compiled for that one image."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            z = self.vae.encode(x[:1]).mode() if (step + 1) % 50 == 0 else None
+            return self.monitor.look(x, x_hat, z, self.vae.decode)
 
     def optimise(self, step, train_disc, terms):
         """Take the gradients that are there into the weights, and the weights into their average."""
@@ -1194,8 +1197,7 @@ def train(cfg):
     say = tqdm.write if rank == 0 else lambda line: None
     train_set, val_set = open_data(cfg)
     trainer, out = Trainer(cfg, device, rank, world), Path(cfg.out)
-    if cfg.compile and (problem := trainer.compile()):
-        say(problem)
+    trainer.compile(say)
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
     say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
         f"M; {len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
@@ -1302,9 +1304,10 @@ def loop(trainer, images, train_set, few, shown, out, say, bar, signals):
 
 def validate(trainer, few, shown, out):
     """Measure the averaged weights on `few` images, draw `shown`, keep the best -> the log's val_ keys."""
-    measured = evaluate(trainer.average, few, trainer.device, trainer.perceptual, trainer.cfg.batch_size)
+    with torch.compiler.set_stance("force_eager"):              # nothing is compiled for other batch sizes
+        measured = evaluate(trainer.average, few, trainer.device, trainer.perceptual, trainer.cfg.batch_size)
+        save_pairs(trainer.average, shown, out / "samples" / f"{trainer.step:07d}.png")
     trainer.scaling_factor = measured["scaling_factor"]
-    save_pairs(trainer.average, shown, out / "samples" / f"{trainer.step:07d}.png")
     warm_up = trainer.warm_up
     with_gan = trainer.cfg.disc_weight == 0 or warm_up.weight(trainer.step - 1) == warm_up.top
     score = [int(with_gan), -measured.get("lpips", -measured["psnr"])]
@@ -1840,7 +1843,7 @@ def peak_memory(device, reset=False):
         if reset:
             return Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-    except OSError:
+    except (OSError, TypeError):                                # no such file, or no such line
         return 0
 
 
@@ -1876,41 +1879,40 @@ def measure(run, device, weights=(), patience=3.0):
     return took, counter.get_total_flops(), sum(kept.values()), peak_memory(device)
 
 
+def matrix_peak(device, dtype):
+    """FLOP a second of a matrix product or convolution, whichever is faster. Needs: measure, peak_memory."""
+    n, place = 8 if device.type == "cuda" else 1, dict(device=device, dtype=dtype)
+    a, b, weight = (torch.randn(shape, **place) for shape in (
+        (1024 * n, 1024 * n), (2 * n, 256, 64, 64), (256, 256, 3, 3)))
+    b, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (b, weight))
+    runs = [measure(run, device) for run in (lambda: a @ a, lambda: F.conv2d(b, weight))]
+    return max(flop / seconds for seconds, flop, *_ in runs)
+
+
 def bench(cfg):
-    """`python vaegan.py bench`: print what an update costs, and its stages, each forward and backward.
-
-    Needs: all of the file.
-    """
-    device = launch(cfg)[0]
-    trainer, on_gpu = Trainer(replace(cfg, disc_lead=0, disc_ramp=0), device), device.type == "cuda"
-    if cfg.compile and (problem := trainer.compile()):
-        print(problem)
+    """`python vaegan.py bench`: print what an update from one batch costs, and its stages, each forward and
+    backward. Needs: all of the file."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("bench: measures one process; start it with python instead of torchrun")
+    device, train_set = launch(cfg)[0], open_data(cfg)[0]
+    trainer = Trainer(replace(cfg, accumulate=1, disc_lead=0, disc_ramp=0), device)
+    trainer.compile(print)
     vae, disc, perceptual, amp = trainer.vae, trainer.disc, trainer.perceptual, trainer.amp
+    weights = [p for net in (vae, disc, perceptual) if net for p in net.parameters()]
+    peak = matrix_peak(device, trainer.amp.args[1] or torch.float32)
     images = torch.randint(256, (cfg.batch_size, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
-    images, n = (images.pin_memory(), 8192) if on_gpu else (images, 2048)
-    x = to_model(images, device)
-    with torch.no_grad(), amp(), torch.compiler.set_stance("force_eager"):
-        z = vae.encode(x).mode()
-        h = vae.decoder.body(vae.post_quant_conv(z))            # x̂ = conv_out(h)
-        kind = dict(device=device, dtype=vae.decoder.conv_out(h).dtype)
-    x_hat, z = x.clone().requires_grad_(), z.requires_grad_()
-    a, weight, image = (torch.randn(shape, **kind) for shape in ((n, n), (256, 256, 3, 3), (8, 256, 64, 64)))
-    image, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (image, weight))
-    runs = [measure(run, device) for run in (lambda: a @ a, lambda: F.conv2d(image, weight))]
-    peak = max(flop / took for took, flop, *_ in runs)          # of the faster of the two
+    images = images.pin_memory() if device.type == "cuda" else images
+    seconds = {}
 
-    def update(disc_start):
+    def row(name, run):
+        seconds[name], flop, kept, most = measure(run, device, weights)
+        kept = "" if "update" in name else f"{kept / 2 ** 20:.4g}"      # there graphs follow one another
+        print(f"| {name} | {seconds[name] * 1e3:.4g} | {seconds[name] / seconds['update']:.0%} | "
+              f"{flop / 1e9:.4g} | {flop / seconds[name] / peak:.0%} | {kept} | {most / 2 ** 20:.0f} |")
+
+    def update(step, disc_start=0):
         trainer.warm_up.start = disc_start
-        return trainer.update(1, itertools.repeat(images))[0]
-
-    start = time.perf_counter()
-    terms = update(0)
-    first = time.perf_counter() - start                         # compiles
-
-    def watch():
-        rows = [(step, terms) for step in range(9)] + [(9, terms | trainer.monitor.look(x, x_hat.detach()))]
-        for step, numbers in read(rows).items():
-            trainer.monitor.observe(step, numbers)
+        return trainer.update(step, itertools.repeat(images))[0]
 
     def stage(forward, inputs):
         def run():
@@ -1919,34 +1921,48 @@ def bench(cfg):
             torch.autograd.grad(value, inputs)
         return run
 
-    stages = {"update": lambda: update(0), "update before the GAN": lambda: update(math.inf),
-              "encoder": stage(lambda: vae.encode(x).kl().sum(), trainer.weights["enc"]),
-              "decoder": stage(lambda: vae.decode(z).sum(), [z, *trainer.weights["dec"]]),
-              "LPIPS": perceptual and stage(lambda: perceptual(x, x_hat).mean(), [x_hat]),
-              "D, for the decoder": stage(lambda: hinge_g_loss(disc(x_hat)), [x_hat]),
-              "λ": lambda: [last_layer_gradient(vae.decoder.conv_out, h, g).norm() for g in (x, x)],
-              "D, its own step": lambda: discriminator_step(disc, x, x_hat, amp=amp),
-              "optimisers, average": lambda: trainer.optimise(1, True, {}), "monitor, for ten steps": watch}
-    name = torch.cuda.get_device_name() if on_gpu else f"{device.type}, {torch.get_num_threads()} threads"
+    def watch():
+        rows = [(step, terms | (trainer.look(step, x, x_hat) if (step + 1) % trainer.look_every == 0 else {}))
+                for step in range(50)]
+        for step, numbers in read(rows).items():
+            trainer.monitor.observe(step, numbers)
+
+    start = time.perf_counter()
+    terms = update(1)
+    read([(1, terms)])                                          # waits for it
+    first = time.perf_counter() - start
     print(f"{cfg.preset}: ch {cfg.ch}, {cfg.image_size} px, batch {cfg.batch_size}, {trainer.precision}; "
-          f"{name}; torch {torch.__version__}; matrix peak {peak / 1e12:.3g} TFLOP/s\n\n"
+          + (torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads")
+          + f"; torch {torch.__version__}; matrix peak {peak / 1e12:.3g} TFLOP/s; first update {first:.1f} s"
+          "\n\n"
           "| forward and backward | ms | of the update | GFLOP | of the peak | saved, MiB | peak, MiB |\n"
           "|---|---|---|---|---|---|---|")
-    seconds, weights = {}, [p for net in (vae, disc, perceptual) if net for p in net.parameters()]
-    for name, run in stages.items():
-        if run:
-            seconds[name], flop, kept, most = measure(run, device, weights)
-            print(f"| {name} | {seconds[name] * 1e3:.4g} | {seconds[name] / seconds['update']:.0%} | "
-                  f"{flop / 1e9:.4g} | {flop / seconds[name] / peak:.0%} | {kept / 2 ** 20:.4g} | "
-                  f"{most / 2 ** 20:.0f} |", flush=True)
-    with contextlib.closing(batches(trainer, open_data(cfg)[0])) as loader:
+    row("update", lambda: update(1))
+    row("update before the GAN", lambda: update(1, disc_start=2))
+    if cfg.r1 and cfg.disc_weight:
+        row("update with R1", lambda: update(16))
+    x = to_model(images, device)
+    x_hat = x.clone().requires_grad_()
+    with torch.no_grad(), amp(), torch.compiler.set_stance("force_eager"):
+        z = vae.encode(x).mode()
+        h = vae.decoder.body(vae.post_quant_conv(z))            # x̂ = conv_out(h)
+    z.requires_grad_()
+    row("encoder", stage(lambda: vae.encode(x).kl().sum(), trainer.weights["enc"]))
+    row("decoder", stage(lambda: vae.decode(z).sum(), [z, *trainer.weights["dec"]]))
+    if perceptual:
+        row("LPIPS", stage(lambda: perceptual(x, x_hat).mean(), [x_hat]))
+    if cfg.disc_weight:
+        row("D, for the decoder", stage(lambda: hinge_g_loss(disc(x_hat)), [x_hat]))
+        row("λ", lambda: [last_layer_gradient(vae.decoder.conv_out, h, g).norm() for g in (x, x)])
+        row("D, its own step", lambda: discriminator_step(disc, x, x_hat, amp=amp))
+    row("optimisers, average", lambda: trainer.optimise(1, cfg.disc_weight > 0, {}))
+    row("monitor, for 50 steps", watch)
+    with contextlib.closing(batches(trainer, train_set)) as loader:
         for _ in range(2 * cfg.workers):                        # what has been loaded ahead
             next(loader)
-        seconds[f"loader with --workers {cfg.workers}"] = measure(lambda: next(loader), device)[0]
-    images = {"update": trainer.images_an_update, "update before the GAN": trainer.images_an_update,
-              f"loader with --workers {cfg.workers}": cfg.batch_size}
-    print("\nimages/s: " + ", ".join(f"{name} {n / seconds[name]:.4g}" for name, n in images.items())
-          + f"; the first update took {first:.1f} s")
+        seconds["loader"] = measure(lambda: next(loader), device)[0]
+    print("\nimages/s: " + ", ".join(f"{name} {cfg.batch_size / seconds[name]:.4g}" for name in (
+        "update", "update before the GAN", "loader")) + f" with --workers {cfg.workers}")
 
 
 # ---- The command line.
@@ -2045,8 +2061,8 @@ def main(argv=None):
     except CollapseError as error:
         status, line = 3, error
     except torch.OutOfMemoryError as error:                     # of a GPU
-        status, line = 1, (f"{str(error).splitlines()[0]} Take a smaller --batch-size, with --accumulate for "
-                           "as many images an update, or --recompute; `vaegan.py bench` shows what fits")
+        status, line = 1, (". ".join(str(error).split(". ")[:2]) + ": take a smaller --batch-size, with "
+                           "--accumulate for as many images an update, or --recompute where it is off")
     except KeyboardInterrupt as error:
         number, line = error.args or (signal.SIGINT, "interrupted")
         status = 128 + number
