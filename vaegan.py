@@ -1907,8 +1907,9 @@ def bench(cfg):
     def row(name, run):
         seconds[name], flop, kept, most = measure(run, device, weights)
         kept = "" if "update" in name else f"{kept / 2 ** 20:.4g}"      # there graphs follow one another
-        print(f"| {name} | {seconds[name] * 1e3:.4g} | {seconds[name] / seconds['update']:.0%} | "
-              f"{flop / 1e9:.4g} | {flop / seconds[name] / peak:.0%} | {kept} | {most / 2 ** 20:.0f} |")
+        cells = (name, f"{seconds[name] * 1e3:.4g}", f"{seconds[name] / seconds['update']:.0%}",
+                 f"{flop / 1e9:.4g}", f"{flop / seconds[name] / peak:.0%}", kept, f"{most / 2 ** 20:.0f}")
+        print("|", " | ".join(cells), "|", flush=True)
 
     def update(step, disc_start=0):
         trainer.warm_up.start = disc_start
@@ -1929,13 +1930,12 @@ def bench(cfg):
 
     start = time.perf_counter()
     terms = update(1)
-    read([(1, terms)])                                          # waits for it
+    read([(1, terms)])                                          # waits for the device
     first = time.perf_counter() - start
     print(f"{cfg.preset}: ch {cfg.ch}, {cfg.image_size} px, batch {cfg.batch_size}, {trainer.precision}; "
           + (torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads")
           + f"; torch {torch.__version__}; matrix peak {peak / 1e12:.3g} TFLOP/s; first update {first:.1f} s"
-          "\n\n"
-          "| forward and backward | ms | of the update | GFLOP | of the peak | saved, MiB | peak, MiB |\n"
+          "\n\n| forward and backward | ms | of the update | GFLOP | of the peak | saved, MiB | peak, MiB |\n"
           "|---|---|---|---|---|---|---|")
     row("update", lambda: update(1))
     row("update before the GAN", lambda: update(1, disc_start=2))
