@@ -1045,14 +1045,9 @@ def test_on_a_gpu_no_update_waits_for_the_device(precision):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def graphs_only(monkeypatch):
-    """torch.compile without a C++ compiler: the same graphs and the same split into forward and backward."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-
-
 @pytest.mark.parametrize("recompute, r1", [(False, 10.0), (True, 0.0)])
 def test_the_compiled_step_equals_the_eager_one(monkeypatch, recompute, r1):
-    graphs_only(monkeypatch)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))     # no C++: graphs alone
     torch._dynamo.reset()
     graphs, runs = (lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]), []
     for compiled in (False, True):
@@ -2472,6 +2467,17 @@ class Diffusers(torch.nn.Module):
         return self.vae.decode(posterior.sample(generator)).sample, types.SimpleNamespace(kl=posterior.kl)
 
 
+def interleaved(ways, rounds, before=bool):
+    """{name: the seconds that each round of it took}; a first round warms up, `before` is not counted."""
+    times = {name: [] for name in ways}
+    for round_, (name, way) in itertools.product(range(rounds + 1), ways.items()):
+        before()
+        start = time.perf_counter()
+        way()
+        times[name] += [time.perf_counter() - start] * (round_ > 0)
+    return times
+
+
 def bench(ch=64, size=128, batch=2, rounds=9):
     """Interleaved forward and backward passes of one training step, with LPIPS-VGG's layers (untrained: the time is
     the same). `twice`: as latent-diffusion, whose two optimisers each run autoencoder and LPIPS."""
@@ -2507,18 +2513,13 @@ def bench(ch=64, size=128, batch=2, rounds=9):
     with contextlib.suppress(ImportError):
         theirs = Diffusers(vae, ch)
         ways = {"textbook, as latent-diffusion, around diffusers' AutoencoderKL": (theirs, lambda: textbook(theirs, True)), **ways}
-    times, flops, kept = {name: [] for name in ways}, {}, {}
-    for round_, (name, (net, way)) in itertools.product(range(rounds + 1), ways.items()):
-        for each in (vae, disc, last, last_disc, lean, net):
-            each.zero_grad()
-        start = time.perf_counter()
-        flops[name] = flops[name] if round_ else gflop(way) / batch             # the first round warms up
-        way() if round_ else None
-        times[name] += [time.perf_counter() - start] * (round_ > 0)
-        if not round_:                                                          # of images, not of weights in bf16
-            with bf16() if "bf16" in name else contextlib.nullcontext():
-                twice, once = (kept_bytes(lambda: net(torch.cat([x] * k), generator=seeded(1))[0], net)[0] for k in (2, 1))
-            kept[name] = (twice - once) / batch / 2 ** 20
+    flops, kept, nets = {}, {}, (disc, last_disc, *(net for net, _ in ways.values()))
+    for name, (net, way) in ways.items():
+        flops[name] = gflop(way) / batch
+        with bf16() if "bf16" in name else contextlib.nullcontext():            # of images, not of weights in bf16
+            twice, once = (kept_bytes(lambda: net(torch.cat([x] * k), generator=seeded(1))[0], net)[0] for k in (2, 1))
+        kept[name] = (twice - once) / batch / 2 ** 20
+    times = interleaved({name: way for name, (_, way) in ways.items()}, rounds, lambda: [net.zero_grad() for net in nets])
     print(f"ch {ch}, {size} px, batch {batch}, {torch.get_num_threads()} threads, torch {torch.__version__}, {rounds} rounds\n\n"
           "| step | median, s | fastest to slowest, s | textbook's time over it | GFLOP an image | kept by the autoencoder, "
           "MiB an image |\n|---|---|---|---|---|---|")
@@ -2526,16 +2527,12 @@ def bench(ch=64, size=128, batch=2, rounds=9):
     for name, seconds in times.items():
         print(f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
               f"{textbook_time / statistics.median(seconds):.2f} | {flops[name]:.0f} | {kept[name]:.0f} |")
-    ways = {"fused": dict(fused=True), "by lists": dict(foreach=True), "one by one": dict(foreach=False)}
-    adams = {name: torch.optim.Adam(vae.parameters(), 1e-9, **options) for name, options in ways.items()}
-    times = {name: [] for name in adams}
     for p in vae.parameters():
         p.grad = torch.ones_like(p)
-    for round_, (name, adam) in itertools.product(range(rounds + 1), adams.items()):
-        start = time.perf_counter()
-        adam.step()
-        times[name] += [1e3 * (time.perf_counter() - start)] * (round_ > 0)
-    print("\nAdam on the autoencoder's weights, median of the rounds, ms: " + ", ".join(f"{name} {statistics.median(ms):.0f}" for name, ms in times.items()))
+    ways = {"fused": dict(fused=True), "by lists": dict(foreach=True), "one by one": dict(foreach=False)}
+    times = interleaved({name: torch.optim.Adam(vae.parameters(), 1e-9, **options).step for name, options in ways.items()}, rounds)
+    print("\nAdam on the autoencoder's weights, median of the rounds, ms: "
+          + ", ".join(f"{name} {1e3 * statistics.median(seconds):.0f}" for name, seconds in times.items()))
 
 
 # --- python test_vaegan.py lpips PHOTOS: what low precision changes in LPIPS, beside what a change of the image does
