@@ -1237,32 +1237,41 @@ def two_ranks(rank, folder, stream):
     """One of two processes; its batches are its halves of `stream`."""
     become(rank)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    trainer = Trainer(tiny_config(clip=0.0, accumulate=2, recompute=True), torch.device("cpu"), rank, 2)
-    quiet_posterior(trainer.vae)
-    terms = trainer.update(0, iter([images_[rank * 2:rank * 2 + 2] for images_ in stream]))[-1]
-    gradients = [[p.grad.clone() for p in net.parameters()] for net in (trainer.vae, trainer.disc)]
-    for step in range(1, 3):
-        trainer.update(step, iter([images_[rank * 2:rank * 2 + 2] for images_ in stream[2 * step:]]))
-    summary = vaegan.read([(0, terms)])[0]
-    torch.save((terms, gradients, trainer.vae.state_dict(), trainer.disc.state_dict(), summary), f"{folder}/{rank}.pt")
+    for number, flags in enumerate(RANK_FLAGS):
+        trainer = Trainer(tiny_config(clip=0.0, accumulate=2, recompute=True, **flags), torch.device("cpu"), rank, 2)
+        quiet_posterior(trainer.vae)
+        terms = trainer.update(0, iter([images_[rank * 2:rank * 2 + 2] for images_ in stream]))[-1]
+        gradients = [p.grad for p in all_weights(trainer)]
+        gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+        for step in range(1, 3):
+            trainer.update(step, iter([images_[rank * 2:rank * 2 + 2] for images_ in stream[2 * step:]]))
+        summary = vaegan.read([(0, terms)])[0]
+        torch.save((terms, gradients, [p.detach() for p in all_weights(trainer)], summary), f"{folder}/{number}-{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+RANK_FLAGS = dict(learn_logvar=True), dict(freeze_encoder=True)
+
+
+def all_weights(trainer):
+    return [p for net in (trainer.vae, trainer.disc, trainer.scale) for p in net.parameters()]
 
 
 def test_two_ranks_equal_one_process_with_the_double_batch_also_when_accumulating(tmp_path):
     stream = batches(6, batch=4)
     torch.multiprocessing.spawn(two_ranks, (str(tmp_path), stream), nprocs=2)
-    (terms, gradients, vae, disc, summary), other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for ours, theirs in (vae, other[2]), (disc, other[3]):
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)                  # after three updates
-    assert terms["lam"] == other[0]["lam"] and summary == other[4]
-    one = Trainer(tiny_config(clip=0.0, batch_size=4, accumulate=2), torch.device("cpu"))
-    quiet_posterior(one.vae)
-    expected = one.update(0, iter(stream))[-1]
-    for name in ("lam", "grad_ratio", "l1", "kl", "d_loss", "grad_norm_dec", "grad_norm_disc"):
-        assert math.isclose(summary[name], expected[name], rel_tol=1e-4), name
-    for net, ours in zip((one.vae, one.disc), gradients):
-        for p, gradient in zip(net.parameters(), ours):
-            assert (gradient - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-9
+    for number, flags in enumerate(RANK_FLAGS):
+        (terms, gradients, weights, summary), other = (torch.load(tmp_path / f"{number}-{rank}.pt") for rank in (0, 1))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights, other[2]))    # after three updates
+        assert terms["lam"] == other[0]["lam"] and summary == other[3]
+        one = Trainer(tiny_config(clip=0.0, batch_size=4, accumulate=2, **flags), torch.device("cpu"))
+        quiet_posterior(one.vae)
+        expected = one.update(0, iter(stream))[-1]
+        for name in ("lam", "grad_ratio", "l1", "kl", "d_loss", "grad_norm_dec", "grad_norm_disc"):
+            assert math.isclose(summary[name], expected[name], rel_tol=1e-4), name
+        for p, gradient in zip(all_weights(one), gradients, strict=True):
+            assert (p.grad is None) == (gradient is None)
+            assert p.grad is None or (gradient - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-9
 
 
 # --- data
@@ -1456,10 +1465,37 @@ def known_posterior(mean, std):
     return vae
 
 
-def test_evaluate_measures_every_image_and_the_scaling_factor_of_a_known_posterior(tmp_path):
+def test_the_scaling_factor_is_1_over_std_of_the_samples_and_each_channel_has_its_mean_and_std():
+    vae, means, stds = known_posterior(0.0, 1.0), torch.tensor([3.0, -1.0, 0.0, 0.5]), torch.tensor([0.25, 2.0, 1.0, 0.01])
+    with torch.no_grad():
+        vae.quant_conv.bias.copy_(torch.cat([means, 2 * stds.log()]))
+    found = vaegan.latent_statistics(vae, DeadLeaves(32, length=41), batch_size=7)          # 41·256 values a channel
+    assert torch.allclose(torch.tensor(found["latent_mean"]), means, atol=0.06) and found["latent_mean"][3] != 0.5
+    assert torch.allclose(torch.tensor(found["latent_std"]), stds, rtol=0.03)
+    variance = (stds ** 2).mean() + means.var(unbiased=False)                               # of all channels together
+    assert math.isclose(found["scaling_factor"], variance ** -0.5, rel_tol=0.01)
+
+
+def test_a_run_measures_256_held_out_images_and_the_latents_of_1024_evenly_spread(tmp_path, monkeypatch):
+    for most, length, count, last in (1024, 300, 300, 299), (1024, 1024, 1024, 1023), (1024, 1025, 513, 1024), (256, 5000, 250, 4980):
+        some = vaegan.at_most(most, range(length))
+        assert (len(some), some[0], some[len(some) - 1]) == (count, 0, last)
+    trainer, seen = Trainer(tiny_config(image_size=24), torch.device("cpu")), {}
+    for name in "evaluate", "latent_statistics":
+        real = getattr(vaegan, name)
+        monkeypatch.setattr(vaegan, name, lambda vae, data, *rest, real=real, name=name: (
+            seen.update({name: len(data)}), real(vae, torch.utils.data.Subset(data, range(4)), *rest))[1])
+    (tmp_path / "samples").mkdir()
+    vaegan.validate(trainer, DeadLeaves(24, length=3000), torch.zeros(2, 3, 24, 24), tmp_path, None)
+    assert seen == dict(evaluate=250, latent_statistics=1000)
+    saved = vaegan.load(tmp_path / "best.pt")
+    assert len(saved["latent_mean"]) == len(saved["latent_std"]) == 4 and saved["scaling_factor"] > 0
+
+
+def test_evaluate_measures_every_image_of_a_known_posterior(tmp_path):
     data, vae = DeadLeaves(32, length=20), known_posterior(3.0, 0.25)
     measured = vaegan.evaluate(vae, data, perceptual=random_perceptual(), batch_size=7, save_to=tmp_path)
-    assert measured["images"] == 20 and math.isclose(measured["scaling_factor"], 4.0, rel_tol=0.02)
+    assert measured["images"] == 20
     assert math.isclose(measured["kl_dim"], 0.5 * (9 + 0.0625 - 1 - 2 * math.log(0.25)), rel_tol=1e-5)
     x = vaegan.to_model(torch.stack([data[i] for i in range(20)]), "cpu")
     with torch.no_grad():
@@ -1533,6 +1569,13 @@ ALONE = {           # what to run with each class and function that is cut out
     "CollapseMonitor": "monitor = CollapseMonitor()\nfor step in range(60):\n"
                        "    terms = monitor.look(*torch.rand(2, 2, 3, 32, 32), torch.ones(1, 4, 8, 8), lambda z: 2 * z)\n"
                        "    monitor.assert_healthy(step, terms | dict(l2=0.1, grad_norm_dec=1.0))",
+    "at_most": "assert len(at_most(2, range(5))) == 2", "suited": "assert suited('auto', 'cpu') == ('fp32', True)",
+    "plain": "torch.save(dict(a=1), folder + '/p.pt'); assert plain(folder + '/p.pt') == dict(a=1)",
+    "compvis_names": "assert compvis_names(['encoder.down_blocks.1.resnets.0.conv1.bias']).popitem()[1] == 'encoder.down.1.block.0.conv1.bias'",
+    "released": "torch.save(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)).state_dict(), folder + '/r.pt'); assert released(folder + '/r.pt')[1]['ch'] == 8",
+    "open_released": "torch.save(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)).state_dict(), folder + '/r.pt'); open_released(folder + '/r.pt', '', 0, 'cpu')",
+    "tensorboard": "with tensorboard(Path(folder) / 'board', SimpleNamespace(rank=1, step=0)) as board: assert board is None",
+    "latent_statistics": "latent_statistics(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))",
     "second_name": "(Path(folder) / 'a').write_text('a'); second_name(Path(folder) / 'a', Path(folder) / 'b')",
     "keep_records": "(Path(folder) / 'log.jsonl').write_text('{\"step\": 1}\\n'); keep_records(Path(folder), 1)",
     "open_folder": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')); (Path(folder) / 'run').mkdir(); open_folder(Path(folder) / 'run', t, None)",
@@ -1542,13 +1585,13 @@ ALONE = {           # what to run with each class and function that is cut out
                      "save_collapse(vaegan.CollapseError(1, 'x', 2.0, 1.0, 'y', 'z', '--lr', {}), vaegan.CollapseMonitor(),"
                      " rows, Path(folder))",
     "write_whole": "write_whole(Path(folder) / 'a.pt', functools.partial(torch.save, dict(a=1)))",
-    "load": "torch.save(dict(state_dict={}, config={}, step=0, best=[], scaling_factor=None, training={}), folder + '/b.pt')\n"
+    "load": "torch.save(dict(state_dict={}, config={}, step=0, best=[], scaling_factor=None, latent_mean=None, latent_std=None, training={}), folder + '/b.pt')\n"
             "load(folder + '/b.pt')",
     "autoencoder": "autoencoder(vaegan.Config.of('tiny', ch=8))", "launch": "launch(vaegan.Config(device='cpu'))",
     "open_data": "open_data(vaegan.Config.of('tiny', data=folder))",
     "save_pairs": "save_pairs(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 8, 8), Path(folder) / 'out.png')",
 }
-WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "bench", "eval_command", "parse", "main"}     # need everything, and say so
+WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "bench", "eval_command", "export_command", "encode_command", "parse", "main"}     # need everything, and say so
 
 
 def test_every_definition_runs_when_cut_out_with_what_its_docstring_names(tmp_path):
@@ -1616,7 +1659,7 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path, ca
     flags = tiny_flags(out, "--data", photos, "--workers", 1)
     status, printed, err = finish(command(*flags, "--steps", 6))
     assert status == 0, err
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "samples", "last.pt", "previous.pt", "best.pt", "healthy.pt", "lock"}
+    assert {p.name for p in out.iterdir()} - {"tensorboard"} == {"config.json", "log.jsonl", "samples", "last.pt", "previous.pt", "best.pt", "healthy.pt", "lock"}
     assert {p.name for p in (out / "samples").iterdir()} == {"0000004.png", "0000006.png"}
     assert Image.open(out / "samples/0000006.png").size == (32, 64)             # one held-out image, x above x̂
     config = json.loads((out / "config.json").read_text())
@@ -1635,9 +1678,9 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path, ca
     table = (HERE / "README.md").read_text(encoding="utf8").split("## What is logged")[1].split("\n## ")[0]
     explained = {n for cell in re.findall(r"^\| (`[^|]+) \|", table, re.M) for n in re.findall(r"`(\w+)`", cell)}
     looked = CollapseMonitor.look(images(), images(), images(), lambda z: z).keys()         # every ten steps
-    assert explained == {key for record in records for key in record} - {"step"} | {"val_lpips", "signs", *looked}
+    assert explained == {key for record in records for key in record} - {"step"} | {"val_lpips", "logvar", "signs", *looked}
     checkpoint = torch.load(out / "last.pt", weights_only=True)
-    assert checkpoint.keys() >= {"state_dict", "config", "step", "scaling_factor", "training"} and checkpoint["step"] == 8
+    assert checkpoint.keys() >= {"state_dict", "config", "step", "scaling_factor", "latent_mean", "latent_std", "training"} and checkpoint["step"] == 8
     AutoencoderKL(ch=8, ch_mult=(1, 2), num_res_blocks=1).load_state_dict(checkpoint["state_dict"])
 
 
@@ -1669,7 +1712,8 @@ def test_eval_prints_one_table_and_saves_both_sets_of_images(tmp_path, monkeypat
                                           tmp_path / "saved", TORCH_HOME=str(tmp_path)))
     assert status == 0 and "step 2: 3 centre crops of 32 px" in printed, err
     for row in (r"psnr +\d+\.\d+ +dB\n", r"ssim +-?0\.\d+\n", r"lpips +not measured: .*alexnet-owt", r"sharpness +\d",
-                r"kl_dim +\d.* nats a latent dimension\n", r"scaling_factor +\d.* 1/std of z\n"):
+                r"kl_dim +\d.* nats a latent dimension\n", r"scaling_factor +\d.* 1/std of z\n",
+                r"latent_mean +(-?\d\S* ){4}of z, a channel\n", r"latent_std +(\d\S* ){4}of z, a channel\n"):
         assert re.search(row, printed), row
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {"input", "reconstruction"}
 
@@ -1975,6 +2019,335 @@ def test_runs_of_another_preset_or_data_get_a_folder_of_their_own():
         ("tiny", ""), ("sd", ""), ("tiny", "some/photos"), ("tiny", "some/photos/"))]
     assert folders == ["run/tiny-leaves", "run/sd-leaves", "run/tiny-photos", "run/tiny-photos"]
     assert Config.of("tiny", out="mine").out == "mine"
+
+
+# --- other programs' files
+
+
+def write_safetensors(tensors, path, **options):
+    pytest.importorskip("safetensors.torch").save_file({name: v.contiguous() for name, v in tensors.items()}, path, **options)
+
+
+def diffusers_names(state, levels):
+    """A state dict under diffusers' names of the parameters, written down from its own classes."""
+    renamed = {}
+    for name, value in state.items():
+        net, _, rest = name.partition(".")
+        part = rest.split(".")
+        if part[0] in ("down", "up"):
+            block = part[1] if part[0] == "down" else str(levels - 1 - int(part[1]))
+            inner = (["resnets", part[3], *part[4:]] if part[2] == "block" else [part[2] + "rs", "0", *part[3:]])
+            part = [part[0] + "_blocks", block, *inner]
+        elif part[0] == "mid" and part[1] == "attn_1":
+            new = dict(norm="group_norm", q="to_q", k="to_k", v="to_v", proj_out="to_out.0")[part[2]]
+            part, value = ["mid_block.attentions.0", new, part[3]], value.flatten(1) if value.dim() == 4 else value
+        elif part[0] == "mid":
+            part = ["mid_block.resnets", str(int(part[1][-1]) - 1), *part[2:]]
+        elif part[0] == "norm_out":
+            part[0] = "conv_norm_out"
+        renamed[".".join([net, *part]).replace("nin_shortcut", "conv_shortcut")] = value
+    return renamed
+
+
+INIT = dict(ch=16, ch_mult=(1, 2, 2), num_res_blocks=2, z_channels=3)
+
+
+def some_autoencoder(seed=5, **widths):
+    torch.manual_seed(seed)
+    widths = INIT | widths
+    return AutoencoderKL(**widths, embed_dim=widths["z_channels"])
+
+
+@pytest.mark.parametrize("layout", ["bare", "ldm", "stable diffusion", "safetensors", "vae.", "half", "diffusers", "old diffusers", "ours", "exported"])
+def test_init_reads_every_usual_layout_and_takes_the_widths_from_the_weights(tmp_path, layout):
+    state, path = some_autoencoder().state_dict(), tmp_path / "a.ckpt"
+    loss = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(3), "model_ema.decay": torch.ones(())}
+    below = lambda prefix, tensors: {prefix + name: value for name, value in tensors.items()}
+    if layout == "bare":
+        torch.save(state, path)
+    elif layout == "ldm":
+        torch.save(dict(state_dict=state | loss, epoch=3, global_step=7), path)
+    elif layout == "stable diffusion":
+        torch.save(dict(state_dict=below("first_stage_model.", state | loss) | {"model.diffusion_model.out.0.bias": torch.zeros(2)}), path)
+    elif layout == "safetensors":
+        path = tmp_path / "a.safetensors"
+        write_safetensors(state, path, metadata=dict(format="pt", config="v1-inference.yaml"))
+    elif layout == "vae.":
+        path = tmp_path / "a.safetensors"
+        write_safetensors(below("vae.", state) | {"text_encoder.x": torch.zeros(2)}, path)
+    elif layout == "half":
+        state = {name: value.half() for name, value in state.items()}
+        torch.save(state, path)
+    elif "diffusers" in layout:
+        tensors = diffusers_names(state, 3)
+        assert len(tensors) == len(state) and "decoder.up_blocks.0.upsamplers.0.conv.weight" in tensors
+        if layout == "old diffusers":
+            old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+            tensors = {functools.reduce(lambda n, o: n.replace(*o), old.items(), name): value for name, value in tensors.items()}
+        torch.save(tensors, path)
+    else:
+        trainer = Trainer(tiny_config(**{**INIT, "ndf": 8}), torch.device("cpu"))
+        trainer.average.load_state_dict(state)
+        trainer.latents["scaling_factor"] = 0.5
+        trainer.save(path)
+        if layout == "exported":
+            pytest.importorskip("safetensors")
+            assert vaegan.main(["export", "--checkpoint", str(path), "--out", str(tmp_path / "b.safetensors")]) == 0
+            path = tmp_path / "b.safetensors"
+    found, widths, about = vaegan.released(str(path))
+    assert widths == INIT and found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    assert about["scaling_factor"] == (0.5 if layout in ("ours", "exported") else None)
+    trainer = Trainer(Config.of("tiny", init=str(path), ndf=8, device="cpu"), torch.device("cpu"))
+    for vae in trainer.vae, trainer.average:
+        assert all(torch.equal(vae.state_dict()[name], state[name].float()) for name in state)
+    assert (trainer.cfg.ch, trainer.cfg.ch_mult, trainer.cfg.num_res_blocks, trainer.cfg.z_channels) == (16, (1, 2, 2), 2, 3)
+
+
+def test_init_names_what_is_missing_unknown_or_misshapen_and_runs_no_code(tmp_path, monkeypatch, capsys):
+    state = some_autoencoder().state_dict()
+    cases = {
+        "without quant_conv.bias": {name: value for name, value in state.items() if name != "quant_conv.bias"},
+        "unknown encoder.down.2.attn.0.norm.bias": state | {"encoder.down.2.attn.0.norm.bias": torch.zeros(32)},
+        "post_quant_conv.weight: shape [3, 5, 1, 1], not [3, 3, 1, 1]": state | {"post_quant_conv.weight": torch.zeros(3, 5, 1, 1)},
+        "without decoder.conv_out.weight": dict(unet=torch.zeros(3)), "it would run posix.system": dict(state_dict=Evil()),
+        "no attribute": [1, 2], "a.pt: no KL autoencoder": {3: torch.zeros(1)}}
+    monkeypatch.chdir(tmp_path)
+    for text, content in cases.items():
+        torch.save(content, "a.pt")
+        status, err = in_this_process(*tiny_flags("run", "--init", "a.pt")), capsys.readouterr().err
+        assert status == 2 and text in err and err.count("\n") == 1, (text, err)
+    Path("torn.safetensors").write_bytes(b"torn")
+    for name in "torn.safetensors", "nowhere.ckpt", str(tmp_path):
+        status, err = in_this_process(*tiny_flags("run", "--init", name)), capsys.readouterr().err
+        assert status == 2 and f"{name}: " in err and "give Stable Diffusion's as .safetensors" in err and err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert in_this_process(*tiny_flags("run", "--init", "torn.safetensors")) == 2
+    assert "torn.safetensors: to read it takes `pip install safetensors`" in capsys.readouterr().err
+    torch.save(state, "good.pt")
+    flags = ["train", "--preset", "tiny", "--out", "run", "--init", "good.pt"]
+    assert in_this_process(*flags, "--ch", 8) == 2 and "--ch 8: good.pt has 16; leave the flag out" in capsys.readouterr().err
+    assert in_this_process(*flags, "--ch-mult", 1, 2) == 2 and "--ch-mult (1, 2): good.pt has (1, 2, 2)" in capsys.readouterr().err
+    assert in_this_process(*tiny_flags("run", "--freeze-encoder")) == 2 and "give --init FILE" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_init_counts_at_the_start_and_a_begun_run_goes_on_without_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in ("a.pt", 5), ("b.pt", 6):
+        torch.save(some_autoencoder(seed, ch=8, num_res_blocks=1).state_dict(), name)
+    flags = ["train", "--preset", "tiny", "--image-size", 32, "--ndf", 8, "--batch-size", 2, "--disc-start", 1, "--disc-lead", 0]
+    assert in_this_process(*flags, "--init", "a.pt", "--freeze-encoder", "--steps", 2, "--out", "run") == 0
+    assert in_this_process(*flags, "--init", "a.pt", "--freeze-encoder", "--steps", 3, "--out", "run") == 0
+    assert "continues after step 2 of 3; --steps 2 -> 3" in capsys.readouterr().out
+    assert in_this_process(*flags, "--init", "b.pt", "--freeze-encoder", "--steps", 4, "--out", "run") == 2
+    assert "--init b.pt: run/last.pt was trained with a.pt" in capsys.readouterr().err
+    assert in_this_process(*flags, "--init", "a.pt", "--steps", 4, "--out", "run") == 2
+    assert "--freeze-encoder False: run/last.pt was trained with True" in capsys.readouterr().err
+    Path("a.pt").unlink()
+    widths = ["--ch", 8, "--ch-mult", 1, 2, 2, "--num-res-blocks", 1, "--z-channels", 3]
+    assert in_this_process(*flags, *widths, "--freeze-encoder", "--steps", 4, "--out", "run") == 0
+    trained = vaegan.load("run/last.pt")
+    frozen = [name for name in trained["state_dict"] if name.startswith(("encoder.", "quant_conv."))]
+    start = some_autoencoder(5, ch=8, num_res_blocks=1).state_dict()
+    for weights in trained["state_dict"], trained["training"]["vae"]:
+        assert all(torch.equal(weights[name], start[name]) for name in frozen) and len(frozen) > 20
+        assert not any(torch.equal(weights[name], start[name]) for name in weights if name not in frozen)
+    assert "grad_norm_enc" not in Path("run/log.jsonl").read_text()
+
+
+def test_a_frozen_encoder_leaves_the_decoders_gradient_as_it_is_and_spares_its_backward_pass():
+    vae, disc = small_nets(torch.double)
+    x, gradients, flops = images(dtype=torch.double), {}, {}
+    for frozen in False, True:
+        vae.zero_grad()
+        for net in vae.encoder, vae.quant_conv:
+            net.requires_grad_(not frozen)
+        disc.eval()                                             # no power iteration: twice the same D
+        flops[frozen] = gflop(lambda: generator_step(vae, disc, x, generator=seeded(1)))
+        gradients[frozen] = {name: p.grad for name, p in vae.named_parameters() if p.grad is not None}
+    assert gradients[True].keys() == {name for name in gradients[False] if "decoder" in name or "post_quant" in name}
+    assert all(torch.equal(gradients[True][name], gradients[False][name]) for name in gradients[True])
+    with torch.no_grad():
+        encoder = gflop(lambda: vae.encode(x))
+        image = gflop(lambda: vae.encoder.conv_in(x))                           # has no gradient to the image
+    to_z = gflop(lambda: vae.post_quant_conv(vae.encode(x).mean.detach())) - encoder
+    assert math.isclose(flops[False] - flops[True], 2 * encoder - image + to_z, rel_tol=1e-6)
+
+
+def test_the_optimiser_of_a_frozen_encoder_has_the_decoder_alone_and_no_step_waits():
+    trainer, stream = Trainer(tiny_config(freeze_encoder=True, ema=0.9), torch.device("cpu")), iter(batches())
+    owned = {id(p) for p in trainer.optimiser.param_groups[0]["params"]}
+    assert owned == {id(p) for net in (trainer.vae.post_quant_conv, trainer.vae.decoder) for p in net.parameters()}
+    before = copy.deepcopy(trainer.vae.encoder.state_dict())
+    terms = [trainer.update(step, stream)[0] for step in range(3)][-1]
+    assert all(torch.equal(trainer.vae.encoder.state_dict()[name], before[name]) for name in before)
+    assert "grad_norm_enc" not in terms and terms["grad_norm_dec"] > 0 and terms["kl"] > 0
+
+
+def test_learned_logvar_trains_on_the_likelihood_and_lambda_follows():
+    (vae, disc), x = small_nets(torch.double), images(dtype=torch.double)
+    disc.eval()
+    s, gradients = torch.nn.Parameter(torch.tensor(-1.5, dtype=torch.double)), []
+    for logvar in None, s:
+        vae.zero_grad()
+        _, terms = generator_step(vae, disc, x, kl_weight=0.0, disc_weight=0.5, logvar=logvar, generator=seeded(1))
+        gradients.append([p.grad for p in vae.parameters()])
+    for plain, scaled in zip(*gradients):                       # λ scales the GAN alike, but for its ε of 3e-8
+        assert torch.allclose(scaled, plain * math.exp(1.5), rtol=1e-4, atol=1e-12)
+    assert math.isclose(s.grad, 1 - terms["rec_loss"] * math.exp(1.5), rel_tol=1e-9) and terms["logvar"] == -1.5
+    assert "logvar" not in generator_step(vae, disc, x)[1]
+
+
+def test_learn_logvar_finds_the_log_of_the_reconstruction_loss_is_saved_and_off_by_default(tmp_path):
+    trainer, cpu = Trainer(tiny_config(learn_logvar=True, disc_weight=0.0, lr=0.02), torch.device("cpu")), torch.device("cpu")
+    batch = batches(1)[0]
+    losses = [trainer.update(step, itertools.repeat(batch))[0]["rec_loss"].item() for step in range(150)]
+    s = trainer.scale["logvar"].item()
+    assert abs(s - math.log(statistics.mean(losses[-20:]))) < 0.1 and s < -0.5
+    trainer.save(tmp_path / "last.pt")
+    other = Trainer(tiny_config(learn_logvar=True, disc_weight=0.0, lr=0.02), cpu)
+    restore(other, tmp_path / "last.pt")
+    assert other.scale["logvar"].item() == s and other.optimiser.state[other.scale["logvar"]]["step"] == 150
+    assert not Config().learn_logvar and not [*Trainer(tiny_config(), cpu).scale.parameters()]
+
+
+def test_export_writes_bare_names_with_scaling_factor_and_config(tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors")
+    trainer = Trainer(tiny_config(ema=0.5), torch.device("cpu"))
+    trainer.update(0, iter(batches()))
+    trainer.update(1, iter(batches()))
+    trainer.latents = dict(scaling_factor=0.18215, latent_mean=[0.5] * 4, latent_std=[1.0, 2.0, 3.0, 4.0])
+    trainer.save(tmp_path / "last.pt")
+    assert vaegan.main(["export", "--checkpoint", str(tmp_path / "last.pt"), "--out", str(tmp_path / "vae.safetensors")]) == 0
+    assert "step 2, scaling_factor 0.18215" in capsys.readouterr().out
+    with safetensors.safe_open(tmp_path / "vae.safetensors", "pt") as file:
+        said, average = file.metadata(), trainer.average.state_dict()
+        assert {*file.keys()} == {*average} and all(torch.equal(file.get_tensor(name), average[name]) for name in average)
+    assert said["format"] == "pt" and float(said["scaling_factor"]) == 0.18215 and json.loads(said["latent_std"]) == [1, 2, 3, 4]
+    assert json.loads(said["config"])["ch"] == 8 and said["step"] == "2"
+    status, out = in_this_process("eval", "--checkpoint", tmp_path / "vae.safetensors"), capsys.readouterr().out
+    assert status == 0 and "step 2: 64 centre crops of 32 px" in out            # as it was trained
+    assert vaegan.main(["export", "--checkpoint", str(tmp_path / "last.pt"), "--out", str(tmp_path / "no" / "a.safetensors")]) == 1
+    assert "a.safetensors cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_without_safetensors_export_says_what_to_install(tmp_path, monkeypatch, capsys):
+    torch.save(some_autoencoder().state_dict(), tmp_path / "a.pt")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert vaegan.main(["export", "--checkpoint", str(tmp_path / "a.pt"), "--out", "b.safetensors"]) == 2
+    assert "--out b.safetensors: to write it takes `pip install safetensors`" in capsys.readouterr().err
+
+
+def test_from_diffusers_through_ten_steps_of_the_decoder_alone_and_back(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                                     layers_per_block=1, block_out_channels=(32, 64, 64), latent_channels=4).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    weights = str(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors")
+    start = vaegan.released(weights)[0]
+    torch.save(dict(state_dict={"first_stage_model." + name: value for name, value in start.items()}), tmp_path / "sd.ckpt")
+    assert in_this_process("train", "--preset", "tiny", "--image-size", 32, "--ndf", 8, "--batch-size", 2, "--out", tmp_path / "run",
+                           "--disc-start", 2, "--disc-lead", 1, "--disc-ramp", 2, "--sample-every", 5, "--steps", 10,
+                           "--init", tmp_path / "sd.ckpt", "--freeze-encoder") == 0
+    last, vae = tmp_path / "run/last.pt", tmp_path / "vae.safetensors"
+    assert vaegan.main(["export", "--checkpoint", str(last), "--out", str(vae)]) == 0
+    x, trained = images(size=64, dtype=torch.double), vaegan.released(str(vae))[0]      # fp32 alone is 1e-5 off
+    reconstruct = lambda model: model.decode(model.encode(x).latent_dist.mode()).sample
+    with torch.no_grad():
+        for file, state in (weights, start), (last, trained), (vae, trained):
+            ours = AutoencoderKL(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1).double()
+            ours.load_state_dict(state)
+            opened = theirs if file == weights else diffusers.AutoencoderKL.from_single_file(str(file), config=str(tmp_path / "theirs"))
+            assert torch.allclose(reconstruct(opened.double().eval()), ours(x, sample=False)[0], atol=1e-10)
+    frozen = [name for name in start if name.startswith(("encoder.", "quant_conv."))]
+    assert all(torch.equal(trained[name], start[name]) for name in frozen) and len(frozen) > 40
+    assert not any(torch.equal(trained[name], start[name]) for name in start if name not in frozen)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_encode_writes_the_posteriors_with_their_sources_and_continues(tmp_path, monkeypatch, capsys, broken):
+    photos, out = write_photos(tmp_path / "photos", 5), tmp_path / "latents"
+    write_photos(photos / "more", 2, size=(40, 44))
+    if broken:
+        (photos / "01.jpg").write_bytes(b"torn")
+    vae = some_autoencoder()
+    torch.save(vae.state_dict(), tmp_path / "a.pt")
+    flags = ["encode", "--checkpoint", tmp_path / "a.pt", "--data", photos, "--out", out, "--image-size", 32, "--batch-size", 2, "--workers", 0]
+    assert in_this_process(*flags) == 0
+    index, shard = json.loads((out / "index.json").read_text()), torch.load(out / "00000.pt", weights_only=True)
+    files = [f"0{i}.jpg" for i in range(5)] + [str(Path("more", f"0{i}.jpg")) for i in range(2)]
+    assert index["files"] == files and index["image_size"] == 32 and index["scaling_factor"] is None
+    assert shard["files"] == [name for name in files if not broken or name != "01.jpg"]
+    assert {path.name for path in out.iterdir()} == {"index.json", "00000.pt"}
+    data = ImageFolder(photos, 32, train=False)
+    with torch.no_grad():
+        for name, mean, logvar in zip(shard["files"], shard["mean"], shard["logvar"], strict=True):
+            posterior = vae.encode(vaegan.to_model(data[files.index(name)][None], "cpu"))
+            for ours, theirs in (mean, posterior.mean[0]), (logvar, posterior.logvar[0]):
+                assert ours.dtype == torch.half and torch.allclose(ours.float(), theirs, rtol=1e-3, atol=1e-5)
+    written = (out / "00000.pt").stat().st_mtime_ns
+    assert in_this_process(*flags) == 0 and (out / "00000.pt").stat().st_mtime_ns == written       # is left
+    (out / "00000.pt").unlink()
+    assert in_this_process(*flags) == 0 and (out / "00000.pt").exists()
+    torch.save(some_autoencoder(6).state_dict(), tmp_path / "a.pt")
+    capsys.readouterr()
+    assert in_this_process(*flags) == 2 and "holds latents of other weights or images" in capsys.readouterr().err
+
+
+def test_encode_puts_a_thousand_images_in_a_file(tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos", 1)
+    for i in range(1, 1002):
+        os.link(photos / "00.jpg", photos / f"{i:05d}.jpg")
+    torch.save(some_autoencoder(ch=4, ch_mult=(1, 1, 1), num_res_blocks=1).state_dict(), tmp_path / "a.pt")
+    assert in_this_process("encode", "--checkpoint", tmp_path / "a.pt", "--data", photos, "--out", tmp_path / "out",
+                           "--image-size", 24, "--batch-size", 64, "--workers", 0) == 0
+    sizes = {path.name: len(torch.load(path, weights_only=True)["mean"]) for path in (tmp_path / "out").glob("*.pt")}
+    assert sizes == {"00000.pt": 1000, "00001.pt": 2}
+
+
+def test_tensorboard_has_the_records_of_the_log_and_the_pictures_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run, flags = tmp_path / "run", tiny_flags(tmp_path / "run", "--disc-weight", 0)
+    assert in_this_process(*flags, "--steps", 6) == 0
+    os.replace(run / "previous.pt", run / "last.pt")            # of step 4: steps 5 and 6 come again
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 4 and in_this_process(*flags, "--steps", 8) == 0
+    found = EventAccumulator(str(run / "tensorboard")).Reload()
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for name in "l1", "kl_dim", "val_psnr", "images_per_s":
+        expected = [(record["step"], record[name]) for record in records if name in record]
+        got = [(event.step, event.value) for event in found.Scalars(name)]
+        assert [step for step, _ in got] == [step for step, _ in expected] and len(got) > 1
+        assert all(math.isclose(a, b, rel_tol=1e-5) for (_, a), (_, b) in zip(got, expected))
+    pictures = found.Images("samples")
+    assert [picture.step for picture in pictures] == [4, 8]
+    assert Image.open(io.BytesIO(pictures[-1].encoded_image_string)).size == Image.open(run / "samples/0000008.png").size
+
+
+def test_without_tensorboard_the_log_alone_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert in_this_process(*tiny_flags(tmp_path / "run", "--steps", 2)) == 0
+    assert not (tmp_path / "run/tensorboard").exists() and (tmp_path / "run/log.jsonl").exists()
+    assert "TensorBoard" not in capsys.readouterr().out
+
+
+def test_mps_chooses_fp32_and_plain_adam():
+    assert vaegan.suited("auto", "mps") == ("fp32", False) and vaegan.suited("auto", "cpu") == ("fp32", True)
+    assert vaegan.suited("bf16", "mps") == ("bf16", False)
+    assert vaegan.suited("auto", "cuda")[0] in ("bf16", "fp16") and vaegan.suited("fp32", "cuda") == ("fp32", True)
+
+
+def test_a_run_whose_workers_are_spawned_as_on_macos_and_windows_equals_one_without_workers(tmp_path):
+    photos, last = write_photos(tmp_path / "photos", 4), []
+    for workers in 0, 1:
+        flags = [str(flag) for flag in tiny_flags(tmp_path / str(workers), "--data", photos, "--steps", 3, "--workers", workers)]
+        code = f"import multiprocessing, vaegan; multiprocessing.set_start_method('spawn'); raise SystemExit(vaegan.main({flags}))"
+        status = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert status.returncode == 0, status.stderr
+        last.append(vaegan.load(tmp_path / str(workers) / "last.pt")["state_dict"])
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
 
 # --- nothing is lost
@@ -2344,8 +2717,8 @@ def spoil(checkpoint, what):
         del checkpoint["best"]
 
 
-@pytest.mark.parametrize("spoilt", [dict(config=dict(ch="x")), dict(config=dict(ch_mult=3)), dict(state_dict={3: torch.zeros(1)}),
-                                    dict(state_dict=[]), dict(step=None), dict(state_dict={})])
+@pytest.mark.parametrize("spoilt", [dict(config=dict(image_size="x")), dict(config=7), dict(config=dict(seed="x")),
+                                    dict(state_dict={3: torch.zeros(1)}), dict(state_dict=[]), dict(state_dict={})])
 def test_eval_of_a_strange_checkpoint_is_one_line(tmp_path, capsys, spoilt):
     trainer = Trainer(tiny_config(), torch.device("cpu"))
     torch.save(trainer.content() | spoilt, tmp_path / "a.pt")

@@ -74,7 +74,7 @@ def step_or_plateau(text):
 class Config:
     """All that decides a run; the defaults are preset sd, latent-diffusion's kl-f8 (autoencoder_kl_32x32x4).
 
-    Raises UsageError for values that cannot work. Needs: UsageError, arg, flag_of, step_or_plateau.
+    Raises UsageError for values that cannot work. Needs: UsageError, arg, flag_of, step_or_plateau, released.
     """
     data: str = arg("data", "", "folder of images, searched recursively; empty: built-in dead leaves")
     val: str = arg("data", "", "folder of held-out images; empty: every 20th file of --data is held out")
@@ -86,6 +86,12 @@ class Config:
     ch_mult: tuple = arg("model", (1, 2, 4, 4), "channels of each level / ch", (1, 2, 4), least=1, parse=int)
     num_res_blocks: int = arg("model", 2, "residual blocks a level (the decoder: one more)", tiny=1, least=1)
     z_channels: int = arg("model", 4, "channels of the latent", least=1)
+    init: str = arg("model", "", "start from the autoencoder in this file, whatever its widths: of Stable "
+                    "Diffusion 1.x, 2.x or XL, as .safetensors or .ckpt, diffusers' too, or a save of ours")
+    freeze_encoder: bool = arg("model", False, "train the decoder alone: latents stay what they are, so "
+                               "diffusion models go on fitting, and a step takes a fifth less arithmetic")
+    learn_logvar: bool = arg("model", False, "train on L_rec/exp(s) + s, a likelihood with the learned log "
+                             "variance s, instead of L_rec")
     ndf: int = arg("model", 64, "channels of the discriminator's first layer", tiny=32, least=1)
 
     pixel_loss: str = arg("losses", "l1", "pixel term, a mean over all values", choices=("l1", "l2"))
@@ -151,9 +157,14 @@ class Config:
 
     @classmethod
     def of(cls, preset, **flags):
-        """The values of a preset with explicit flags over them."""
+        """The values of a preset, over them the widths of the file --init, over them explicit flags."""
         tiny = {f.name: f.metadata["tiny"] for f in fields(cls) if f.metadata["tiny"] is not None}
-        return cls(**{**(tiny if preset == "tiny" else {}), **flags, "preset": preset})
+        widths = released(flags["init"])[1] if flags.get("init") else {}
+        cfg = cls(**{**(tiny if preset == "tiny" else {}), **widths, **flags, "preset": preset})
+        for name, width in widths.items():
+            if getattr(cfg, name) != width:
+                raise UsageError(f"{flag_of(name)} {getattr(cfg, name)}: {cfg.init} has {width}; leave the flag out")
+        return cfg
 
 
 # ---- Autoencoder: kl-f8's computation under CompVis' parameter names, so that its files open elsewhere.
@@ -941,15 +952,17 @@ def last_layer_gradient(conv, h, image_gradient):
 
 
 def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual_weight=1.0, kl_weight=1e-6,
-                   disc_weight=0.5, adaptive=True, generator=None, amp=contextlib.nullcontext,
+                   disc_weight=0.5, adaptive=True, logvar=None, generator=None, amp=contextlib.nullcontext,
                    loss_scale=1.0):
     """Accumulate the autoencoder's gradient of L_G, which is latent-diffusion's loss divided by N = 3·H·W.
 
     Cut at x̂: each loss is differentiated once, down to the image; both image gradients go through the last
     convolution alone, which gives λ; their weighted sum goes through the autoencoder, once. By the chain rule
     this equals two autograd.grad calls at the last layer and a backward of the total loss.
-    x: (B, 3, H, W) in [-1, 1]. vae: may be wrapped in DistributedDataParallel; disc, perceptual: may not.
-    disc_weight: w(t)·disc_weight; 0 leaves D out. amp(): the networks' autocast context. loss_scale: factor
+    x: (B, 3, H, W) in [-1, 1]. vae: may be wrapped in DistributedDataParallel; disc, perceptual: may not. An
+    encoder whose weights require no gradient costs no backward pass.
+    disc_weight: w(t)·disc_weight; 0 leaves D out. logvar: 0-d parameter s, for L_rec/exp(s) + s in place of
+    L_rec; its gradient is not averaged over ranks. amp(): the networks' autocast context. loss_scale: factor
     of all gradients (fp16's scale, 1/accumulate). -> x_hat, detached, and 0-d tensors under log.jsonl's
     names, means of the batch before weighting. D's own gradients are not touched.
     Needs: hinge_g_loss, adaptive_weight, last_layer_gradient, average_over_ranks.
@@ -966,8 +979,11 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
     with amp():
         lpips = perceptual(x, leaf).mean() if perceptual else torch.zeros_like(l1)
     rec_loss = (l1 if pixel_loss == "l1" else l2) + perceptual_weight * lpips
-    g, = torch.autograd.grad(loss_scale * rec_loss, leaf)
+    nll = rec_loss if logvar is None else rec_loss / logvar.exp() + logvar
+    torch.autograd.backward(loss_scale * nll, inputs=[leaf] if logvar is None else [leaf, logvar])
+    g = leaf.grad
     terms = dict(l1=l1, l2=l2, lpips=lpips, rec_loss=rec_loss, kl=kl, kl_dim=kl / posterior.mean[0].numel())
+    terms |= {} if logvar is None else dict(logvar=logvar.clone())
 
     # λ = ‖J g_rec‖ / (‖J g_adv‖ + ε), where J leads from the image to the last layer's weight
     if disc_weight > 0:
@@ -986,7 +1002,8 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
     inputs.clear()                                              # h is no longer needed
 
     # L_G = L_rec + kl_weight·KL/N + w·(-E[D(x̂)]): one call, as after one of two ranks average too early
-    torch.autograd.backward([x_hat, kl_weight * kl / N], [g, loss_scale * torch.ones_like(kl)])
+    n = 2 if kl.requires_grad else 1                            # a frozen encoder has no graph
+    torch.autograd.backward([x_hat, kl_weight * kl / N][:n], [g, loss_scale * torch.ones_like(kl)][:n])
     return x_hat.detach(), {name: value.detach() for name, value in terms.items()}
 
 
@@ -1017,7 +1034,8 @@ class Trainer:
 
     def __init__(self, cfg, device, rank=0, world=1):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
-        self.step, self.best, self.scaling_factor = 0, [0, -math.inf], None
+        self.step, self.best = 0, [0, -math.inf]
+        self.latents = dict(scaling_factor=None, latent_mean=None, latent_std=None)     # until it is measured
         self.drawn = 0                                          # images, by all ranks
         self.seen, self.events = [], []                         # terms and events since the last log record
         place = dict(device=device, memory_format=torch.channels_last)
@@ -1025,28 +1043,31 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.vae = vae = autoencoder(cfg).to(**place)
         self.disc = PatchDiscriminator(3, cfg.ndf).to(**place)
+        self.scale = nn.ParameterDict(dict(logvar=torch.zeros((), device=device)) if cfg.learn_logvar else {})
+        if cfg.init:
+            vae.load_state_dict(released(cfg.init)[0])
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(not cfg.freeze_encoder)
         self.average = copy.deepcopy(vae) if cfg.ema else vae   # what is shown, measured and saved
-        self.weights = dict(enc=[*vae.encoder.parameters(), *vae.quant_conv.parameters()],
-                            dec=[*vae.post_quant_conv.parameters(), *vae.decoder.parameters()],
-                            disc=[*self.disc.parameters()])
-        adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.9), fused=device.type != "mps")    # LDM's
-        self.optimiser = adam(self.weights["enc"] + self.weights["dec"], cfg.lr)
+        nets = dict(enc=[vae.encoder, vae.quant_conv], dec=[vae.post_quant_conv, vae.decoder],
+                    scale=[self.scale], disc=[self.disc])
+        self.weights = {name: [p for net in nets[name] for p in net.parameters() if p.requires_grad]
+                        for name in nets}                       # what is trained
+        self.precision, fused = suited(cfg.precision, device.type)
+        adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.9), fused=fused)   # latent-diffusion's betas
+        self.optimiser = adam([p for name in ("enc", "dec", "scale") for p in self.weights[name]], cfg.lr)
         self.optimiser_disc = adam(self.weights["disc"], cfg.lr_disc)
         window = max(cfg.steps // 20, 10)                       # a plateau is one at the scale of the run,
         self.warm_up = WarmUp(cfg.disc_start, cfg.disc_lead, cfg.disc_ramp, window,
                               most=cfg.steps // 2)              # and the GAN gets half of it at least
         self.monitor = CollapseMonitor(grace=1000 + cfg.lr_warmup)
-        self.precision = cfg.precision
-        if cfg.precision == "auto":
-            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.precision = "fp32" if device.type != "cuda" else "bf16" if bf16 else "fp16"
         low = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[self.precision]
         self.amp = functools.partial(torch.autocast, device.type, low, enabled=low is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.noise = torch.Generator(device)
         self.parallel = [DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
                          for net in (vae, self.disc)]
-        self.parts = dict(vae=vae, discriminator=self.disc, optimiser=self.optimiser,
+        self.parts = dict(vae=vae, discriminator=self.disc, scale=self.scale, optimiser=self.optimiser,
                           optimiser_disc=self.optimiser_disc, scaler=self.scaler, warm_up=self.warm_up,
                           monitor=self.monitor)
 
@@ -1078,7 +1099,7 @@ class Trainer:
             x_hat, terms = generator_step(
                 self.parallel[0], self.disc, x, perceptual=self.perceptual, pixel_loss=cfg.pixel_loss,
                 perceptual_weight=cfg.perceptual_weight, kl_weight=cfg.kl_weight, adaptive=cfg.adaptive,
-                disc_weight=self.warm_up.weight(step) * cfg.disc_weight,
+                disc_weight=self.warm_up.weight(step) * cfg.disc_weight, logvar=self.scale.get("logvar"),
                 generator=self.noise, amp=self.amp, loss_scale=loss_scale)
             if train_disc:
                 r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0     # lazy: Karras et al. 2020, §3.1
@@ -1100,6 +1121,8 @@ class Trainer:
 
     def optimise(self, step, train_disc, terms):
         """Take the gradients that are there into the weights, and the weights into their average."""
+        for p in self.weights["scale"]:                         # no DistributedDataParallel has it
+            average_over_ranks(p.grad)
         self.apply(self.optimiser, self.cfg.lr, step, ("enc", "dec"), terms)
         if train_disc:
             self.apply(self.optimiser_disc, self.cfg.lr_disc, step - self.warm_up.start, ("disc",), terms)
@@ -1116,7 +1139,7 @@ class Trainer:
         """Clip each network's gradient, log the norm it had, and step at the warmed-up learning rate."""
         optimiser.param_groups[0]["lr"] = lr * min((step + 1) / max(self.cfg.lr_warmup, 1), 1.0)
         self.scaler.unscale_(optimiser)
-        for name in names:
+        for name in filter(self.weights.get, names):
             terms["grad_norm_" + name] = clip_grad_norm_(self.weights[name], self.cfg.clip or math.inf)
         self.scaler.step(optimiser)
 
@@ -1126,7 +1149,7 @@ class Trainer:
                     events=self.events)
         return dict(
             state_dict=self.average.state_dict(), config=asdict(self.cfg), step=self.step, best=self.best,
-            scaling_factor=self.scaling_factor,
+            **self.latents,
             training=dict({name: part.state_dict() for name, part in self.parts.items()}, loop=loop))
 
     def save(self, path):
@@ -1136,7 +1159,8 @@ class Trainer:
         """Continue from what load(path) gave -> what changed, as text. UsageError: it does not fit."""
         was, now = checkpoint["config"], asdict(self.cfg)
         changed = {f.name: f for f in fields(self.cfg)
-                   if was.get(f.name) != now[f.name] and f.name not in ("out", "resume")}
+                   if was.get(f.name) != now[f.name] and f.name not in ("out", "resume")
+                   and (f.name != "init" or self.cfg.init)}         # it counts at the start only
         for name, f in changed.items():
             if f.metadata["group"] == "model":
                 raise UsageError(f"{flag_of(name)} {now[name]}: {path} was trained with {was.get(name)}; "
@@ -1144,7 +1168,8 @@ class Trainer:
         groups = {f.metadata["group"] for f in changed.values()}
         wanted, training = self.content() | dict(config={}), checkpoint["training"]
         wanted["training"]["monitor"] = CollapseMonitor().state_dict()      # empty: its contents vary
-        wanted["training"]["warm_up"]["start"] = wanted["scaling_factor"] = None            # these too
+        wanted["training"]["warm_up"]["start"] = None           # this too, as the next ones
+        wanted |= dict.fromkeys(self.latents)
         try:
             same_kind("training", training, dict.fromkeys(wanted["training"]))
             for name in "optimiser", "optimiser_disc":          # the state of Adam comes with its first step,
@@ -1165,7 +1190,7 @@ class Trainer:
         if self.cfg.ema:
             self.average.load_state_dict(checkpoint["state_dict"])
         self.step, self.best = checkpoint["step"], checkpoint["best"]
-        self.scaling_factor, loop = checkpoint["scaling_factor"], training["loop"]
+        self.latents, loop = {name: checkpoint[name] for name in self.latents}, training["loop"]
         self.drawn, self.seen, self.events = loop["drawn"], loop["seen"], loop["events"]
         data = {"data", "val", "image_size", "perceptual_weight", "perceptual_net"} & {*changed}
         if data or "pixel_loss" in changed:
@@ -1193,16 +1218,18 @@ def train(cfg):
     it has saved what shows it; RunError where a file cannot be written; KeyboardInterrupt(number of the
     signal, text) after it has saved the run. Needs: all of the file.
     """
+    out = Path(cfg.out)
+    if cfg.freeze_encoder and not cfg.init and not (cfg.resume and (out / "last.pt").exists()):
+        raise UsageError("--freeze-encoder: a new run has no trained encoder to keep; give --init FILE")
     device, rank, world = launch(cfg)
     say = tqdm.write if rank == 0 else lambda line: None
     train_set, val_set = open_data(cfg)
-    trainer, out = Trainer(cfg, device, rank, world), Path(cfg.out)
+    trainer = Trainer(cfg, device, rank, world)
     trainer.compile(say)
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
     say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
         f"M; {len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
-    few = torch.utils.data.Subset(val_set, range(0, len(val_set), -(-len(val_set) // 256)))     # 256 at most
-    shown = to_model(torch.stack([few[i] for i in range(min(8, len(few)))]), device)
+    shown = to_model(torch.stack([image for image in at_most(8, at_most(256, val_set))]), device)
     with claimed(out) if rank == 0 else contextlib.nullcontext(), Signals(rank, world) as signals:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # by torchrun, after a fault
         path = resume(trainer, out, say) if cfg.resume or restarted else None
@@ -1212,14 +1239,15 @@ def train(cfg):
         with tqdm(total=cfg.steps, initial=trainer.step, disable=rank > 0, dynamic_ncols=True) as bar:
             while trainer.step < cfg.steps:
                 bar.n = trainer.step
-                with contextlib.closing(batches(trainer, train_set)) as images:
-                    loop(trainer, images, train_set, few, shown, out, say, bar, signals)
+                with contextlib.closing(batches(trainer, train_set)) as images, \
+                        tensorboard(out / "tensorboard", trainer) as board:
+                    loop(trainer, images, train_set, val_set, shown, out, board, say, bar, signals)
         meet()                                                  # rank 0 measures and saves last
     say(f"{out}: {max(trainer.step, cfg.steps)} steps done; a larger --steps goes on from here")
     return trainer
 
 
-def loop(trainer, images, train_set, few, shown, out, say, bar, signals):
+def loop(trainer, images, train_set, val_set, shown, out, board, say, bar, signals):
     """Update until cfg.steps or a rollback: watch, log, measure, save. Needs: all of the file."""
     cfg, warm_up, monitor = trainer.cfg, trainer.warm_up, trainer.monitor
     rows, warned, clock = [], set(), (trainer.step, time.perf_counter())
@@ -1287,8 +1315,8 @@ def loop(trainer, images, train_set, few, shown, out, say, bar, signals):
             trainer.seen, trainer.events = [], []
             if trainer.rank == 0:
                 if to_sample:
-                    record |= validate(trainer, few, shown, out)
-                add_record(out / "log.jsonl", record)           # before the save, or a kill could lose it
+                    record |= validate(trainer, val_set, shown, out, board)
+                add_record(out / "log.jsonl", record, board)    # before the save, or a kill could lose it
             clock = done, time.perf_counter()
         if to_save or stop:
             if trainer.rank == 0:
@@ -1302,12 +1330,16 @@ def loop(trainer, images, train_set, few, shown, out, say, bar, signals):
                                     + command_line(cfg))
 
 
-def validate(trainer, few, shown, out):
-    """Measure the averaged weights on `few` images, draw `shown`, keep the best -> the log's val_ keys."""
+def validate(trainer, val_set, shown, out, board):
+    """Measure the averaged weights on 256 images, and the latents of 1024; draw `shown`, keep the best -> the
+    log's val_ keys."""
+    vae, device, size = trainer.average, trainer.device, trainer.cfg.batch_size
     with torch.compiler.set_stance("force_eager"):              # nothing is compiled for other batch sizes
-        measured = evaluate(trainer.average, few, trainer.device, trainer.perceptual, trainer.cfg.batch_size)
-        save_pairs(trainer.average, shown, out / "samples" / f"{trainer.step:07d}.png")
-    trainer.scaling_factor = measured["scaling_factor"]
+        measured = evaluate(vae, at_most(256, val_set), device, trainer.perceptual, size)
+        trainer.latents = latent_statistics(vae, at_most(1024, val_set), device, size)
+        picture = save_pairs(vae, shown, out / "samples" / f"{trainer.step:07d}.png")
+    if board:
+        board.add_image("samples", (picture.clamp(-1, 1) + 1) / 2, trainer.step)
     warm_up = trainer.warm_up
     with_gan = trainer.cfg.disc_weight == 0 or warm_up.weight(trainer.step - 1) == warm_up.top
     score = [int(with_gan), -measured.get("lpips", -measured["psnr"])]
@@ -1464,6 +1496,14 @@ def launch(cfg):
     return device, rank, world
 
 
+def suited(precision, kind):
+    """-> a run's precision and whether its Adam is fused, on a kind of device. Needs: nothing."""
+    if precision == "auto":
+        bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "fp32" if kind != "cuda" else "bf16" if bf16 else "fp16"
+    return precision, kind != "mps"
+
+
 def autoencoder(cfg):
     """The AutoencoderKL of a Config, embed_dim = z_channels as in kl-f8. Needs: AutoencoderKL."""
     return AutoencoderKL(3, cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels, cfg.z_channels,
@@ -1477,6 +1517,11 @@ def open_data(cfg):
     hold_out = 0 if cfg.val else 20
     return (ImageFolder(cfg.data, cfg.image_size, True, cfg.seed, hold_out),
             ImageFolder(cfg.val or cfg.data, cfg.image_size, False, cfg.seed, hold_out))
+
+
+def at_most(n, dataset):
+    """Every k-th item of a dataset, so that there are at most n. Needs: nothing."""
+    return torch.utils.data.Subset(dataset, range(0, len(dataset), -(-len(dataset) // n)))
 
 
 def make_folder(flag, path):
@@ -1627,11 +1672,33 @@ def keep_records(out, step):
     write_whole(log, lambda file: file.writelines(records.values()))
 
 
-def add_record(log, record):
-    """Append one line to log.jsonl. Needs: writing."""
+def add_record(log, record, board=None):
+    """Append one line to log.jsonl, and its numbers to TensorBoard's writer. Needs: writing."""
     record = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in record.items()}
     with writing(log), open(log, "a") as file:
         file.write(json.dumps(record) + "\n")
+        for name, value in record.items() if board else ():
+            if isinstance(value, float):
+                board.add_scalar(name, value, record["step"])
+        if board:
+            board.flush()
+
+
+def tensorboard(folder, trainer):
+    """-> `with tensorboard(...) as board`: TensorBoard's writer on rank 0, None where it is not installed.
+
+    Needs: writing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:
+        if trainer.rank == 0 and not isinstance(error, ImportError):
+            tqdm.write(f"TensorBoard is installed, but broken ({error}); goes on without")
+        return contextlib.nullcontext()
+    if trainer.rank:
+        return contextlib.nullcontext()
+    with writing(folder):                                       # what is there of later steps is void
+        return SummaryWriter(folder, purge_step=trainer.step + 1)
 
 
 def batches(trainer, dataset):
@@ -1673,20 +1740,89 @@ def same_kind(name, state, wanted):
             same_kind(f"{name}.{key}", state[key], wanted[key])
 
 
-def load(path):
-    """A checkpoint as a dict of tensors and plain values: a file cannot run code. Needs: UsageError,
-    same_kind."""
+def plain(path):
+    """What torch.save wrote, as tensors and plain values: a file cannot run code. Raises ValueError with the
+    reason. Needs: nothing."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = dict(state_dict={}, config={}, step=0, best=[], scaling_factor=None, training={})
-        same_kind("checkpoint", checkpoint, wanted)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))           # torch's advice is to switch the safety off
-        reason = f"it would run {code[1]}" if code else (
-            f"cut short, or not one at all: {(str(error) or type(error).__name__).splitlines()[0]}")
-        raise UsageError(f"{path}: no checkpoint of vaegan.py ({reason}); give a last.pt or best.pt, or move "
+        raise ValueError(f"it would run {code[1]}" if code else "cut short, or not one at all: "
+                         + (str(error) or type(error).__name__).splitlines()[0]) from None
+
+
+def load(path):
+    """A checkpoint of vaegan.py. Needs: UsageError, plain, same_kind."""
+    try:
+        checkpoint = plain(path)
+        wanted = dict(state_dict={}, config={}, step=0, best=[], scaling_factor=None, latent_mean=None,
+                      latent_std=None, training={})
+        same_kind("checkpoint", checkpoint, wanted)
+    except ValueError as error:
+        raise UsageError(f"{path}: no checkpoint of vaegan.py ({error}); give a last.pt or best.pt, or move "
                          "this file away") from None
     return checkpoint
+
+
+def compvis_names(names):
+    """{a parameter's name, CompVis' or diffusers': CompVis' name of it}. Needs: nothing."""
+    top = max((int(n) for name in names for n in re.findall(r"up_blocks\.(\d+)", name)), default=0)
+    table = (                                                   # diffusers', CompVis'
+        (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut"),
+        (r"(down|up)samplers\.0", r"\1sample"),
+        (r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"),
+        (r"up_blocks\.(\d+)", lambda found: f"up.{top - int(found[1])}"), (r"down_blocks", "down"),
+        (r"\.resnets\.", ".block."), (r"mid_block\.attentions\.0", "mid.attn_1"),
+        (r"attn_1\.(?:to_)?([qkv])(?:uery|ey|alue)?\.", r"attn_1.\1."),
+        (r"attn_1\.(?:to_out\.0|proj_attn)", "attn_1.proj_out"), (r"attn_1\.group_norm", "attn_1.norm"))
+    return {name: functools.reduce(lambda text, row: re.sub(*row, text), table, name) for name in names}
+
+
+def released(path):
+    """-> the weights of a KL autoencoder, {CompVis' name: tensor}; its widths, as Config names them; and what
+    a file of ours says beside them: dict(config, step, scaling_factor, latent_mean, latent_std).
+
+    Reads .safetensors and what torch.save wrote, as weights only. Names may be CompVis' or diffusers', bare
+    or below first_stage_model. or vae., as in a file of all of Stable Diffusion, whose other parts are left
+    out, as are loss.* and model_ema.*. Raises UsageError that names what is missing, unknown or misshapen.
+    Needs: UsageError, AutoencoderKL, compvis_names, plain, same_kind.
+    """
+    about = dict(config={}, step=None, scaling_factor=None, latent_mean=None, latent_std=None)
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors import safe_open
+            file = safe_open(path, "pt")                        # reads what is asked for, later
+            names, get, said = file.keys(), file.get_tensor, file.metadata() or {}
+            said = {name: json.loads(said[name]) for name in about} if about.keys() <= said.keys() else {}
+        else:
+            said = plain(path)
+            weights = said.get("state_dict", said)
+            names, get = weights.keys(), weights.get
+        about |= {name: said[name] for name in about if about.keys() <= said.keys()}
+        key = "decoder.conv_out.weight"
+        above = [above for above in ("", "first_stage_model.", "vae.") if above + key in names]
+        if not above:
+            raise ValueError(f"without {key}")
+        names = [name.removeprefix(above[0]) for name in names if name.startswith(above[0])]
+        ours = compvis_names([name for name in names if not name.startswith(("loss.", "model_ema."))])
+        state = {ours[name]: get(above[0] + name) for name in ours}
+        state |= {name: weight[..., None, None] for name, weight in state.items()   # diffusers' attention:
+                  if ".attn_1." in name and weight.dim() == 2}                      # (C, C) -> (C, C, 1, 1)
+        ch, z_channels = len(state["encoder.conv_in.weight"]), state["decoder.conv_in.weight"].shape[1]
+        blocks = re.findall(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight", " ".join(state))
+        levels, num_res_blocks = (1 + max(map(int, numbers)) for numbers in zip(*blocks))
+        mult = tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels))
+        widths = dict(ch=ch, ch_mult=mult, num_res_blocks=num_res_blocks, z_channels=z_channels)
+        with torch.device("meta"):
+            wanted = AutoencoderKL(**widths, embed_dim=z_channels).state_dict()
+        same_kind("weights", state, wanted)
+    except ImportError:
+        raise UsageError(f"{path}: to read it takes `pip install safetensors`") from None
+    except Exception as error:                                  # whatever stands in the file
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"{path}: no KL autoencoder ({reason}); give Stable Diffusion's as .safetensors, or "
+                         "a save of vaegan.py") from None
+    return state, widths, about
 
 
 def save_json(content, path):
@@ -1705,7 +1841,9 @@ def save_png(image, path):
 def save_pairs(vae, x, path):
     """A picture of the images x, (n, 3, H, W), above their reconstructions. Needs: save_png."""
     rows = [torch.cat(list(images), dim=2) for images in (x, vae(x, sample=False)[0])]
-    save_png(torch.cat(rows, dim=1), path)                      # (3, 2·H, n·W)
+    picture = torch.cat(rows, dim=1)                            # (3, 2·H, n·W)
+    save_png(picture, path)
+    return picture
 
 
 @torch.no_grad()
@@ -1801,20 +1939,20 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
     """Measure the reconstructions (decoded means, clamped to [-1, 1]) of a dataset of uint8 images -> dict:
 
     images; psnr, dB; ssim; lpips, with `perceptual` only; kl_dim, nats a latent dimension; sharpness,
-    high-frequency energy of x̂ over that of x, over all images: 1 is as sharp; scaling_factor, 1/std of the
-    posteriors' samples: 0.18215 for Stable Diffusion. save_to: folder for input/ and reconstruction/*.png.
+    high-frequency energy of x̂ over that of x, over all images: 1 is as sharp. save_to: folder for input/ and
+    reconstruction/*.png.
     Needs: to_model, psnr, ssim, high_frequency_energy, save_png, make_folder.
     """
     for name in ("input", "reconstruction") if save_to else ():
         make_folder("--save", Path(save_to, name))
-    noise, sums, count = torch.Generator(device).manual_seed(0), {}, 0
+    sums, count = {}, 0
     for images in torch.utils.data.DataLoader(dataset, batch_size):
         x = to_model(images, device)
         posterior = vae.encode(x)
-        x_hat, z = vae.decode(posterior.mode()).clamp(-1, 1), posterior.sample(noise)
-        values = dict(psnr=psnr(x, x_hat), ssim=ssim(x, x_hat), kl_dim=posterior.kl() / z[0].numel(),
-                      high=high_frequency_energy(x), high_hat=high_frequency_energy(x_hat),
-                      z=z.mean(dim=(1, 2, 3)), z2=z.pow(2).mean(dim=(1, 2, 3)))
+        x_hat = vae.decode(posterior.mode()).clamp(-1, 1)
+        values = dict(psnr=psnr(x, x_hat), ssim=ssim(x, x_hat),
+                      kl_dim=posterior.kl() / posterior.mean[0].numel(), high=high_frequency_energy(x),
+                      high_hat=high_frequency_energy(x_hat))
         if perceptual:
             values["lpips"] = perceptual(x, x_hat)
         for name, value in values.items():
@@ -1824,9 +1962,25 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
                 save_png(image, Path(save_to, name, f"{i:06d}.png"))
         count += len(x)
     mean = {name: total / count for name, total in sums.items()}
-    std = math.sqrt(max(mean.pop("z2") - mean.pop("z") ** 2, 1e-20))
     sharpness = mean.pop("high_hat") / mean.pop("high")
-    return dict(images=count, **mean, sharpness=sharpness, scaling_factor=1 / std)
+    return dict(images=count, **mean, sharpness=sharpness)
+
+
+@torch.no_grad()
+def latent_statistics(vae, dataset, device="cpu", batch_size=8):
+    """Of samples z of the posteriors of a dataset of uint8 images -> dict: scaling_factor, 1/std over all
+    values, with which a diffusion model multiplies z (Stable Diffusion's is 0.18215); latent_mean and
+    latent_std, lists of a number a channel.
+
+    Source: Rombach et al. 2022, appendix G. Needs: to_model.
+    """
+    noise, sums, count = torch.Generator(device).manual_seed(0), 0.0, 0
+    for images in torch.utils.data.DataLoader(dataset, batch_size):
+        z = vae.encode(to_model(images, device)).sample(noise).cpu().double()       # (B, C, h, w)
+        sums, count = sums + torch.stack([z, z ** 2]).sum(dim=(1, 3, 4)), count + z[:, 0].numel()
+    mean, square = sums / count                                 # (C,) each
+    std, all_std = (square - mean ** 2).sqrt(), (square.mean() - mean.mean() ** 2).sqrt()
+    return dict(scaling_factor=1 / float(all_std), latent_mean=mean.tolist(), latent_std=std.tolist())
 
 
 # ---- What an update costs, and where.
@@ -1919,7 +2073,8 @@ def bench(cfg):
         def run():
             with amp():
                 value = forward()
-            torch.autograd.grad(value, inputs)
+            if value.requires_grad:                             # a frozen encoder's does not
+                torch.autograd.grad(value, inputs)
         return run
 
     def watch():
@@ -1968,31 +2123,87 @@ def bench(cfg):
 # ---- The command line.
 
 
+def open_released(checkpoint, data, image_size, device):
+    """-> the autoencoder in a file, on its device; its Config; and what else the file says.
+
+    Needs: Config, autoencoder, launch, released, same_kind, UsageError.
+    """
+    state, widths, about = released(checkpoint)
+    try:
+        was = dict(seed=0, image_size=256) | about["config"]
+        same_kind("config", {name: was[name] for name in ("seed", "image_size")}, dict(seed=0, image_size=0))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{checkpoint}: {error}; give another one") from None
+    cfg = Config.of("sd", **widths, data=data, device=device, seed=was["seed"],
+                    image_size=image_size or was["image_size"])
+    vae = autoencoder(cfg)
+    vae.load_state_dict(state)
+    return vae.to(launch(cfg)[0]), cfg, about
+
+
 def eval_command(checkpoint, data, save_to, image_size, perceptual_net, device):
     """`python vaegan.py eval`: print one table. Needs: all of the file."""
-    content = load(checkpoint)
-    try:
-        flags = content["config"]
-        was = Config(**{f.name: flags[f.name] for f in fields(Config) if f.name in flags})
-        vae = autoencoder(was)
-        vae.load_state_dict(content["state_dict"])
-    except Exception as error:                                  # whatever stands in the file
-        raise UsageError(f"{checkpoint}: {' '.join(str(error).split())[:300]}; give another one") from None
-    cfg = replace(was, data=data, val="", device=device, image_size=image_size or was.image_size)
-    device, without = launch(cfg)[0], ""
+    vae, cfg, about = open_released(checkpoint, data, image_size, device)
+    device, without = vae.last_layer.device, ""
     dataset = ImageFolder(data, cfg.image_size, train=False) if data else open_data(cfg)[1]
     try:
         perceptual = Perceptual(perceptual_net).to(device)
     except UsageError as error:
         perceptual, without = None, f"  lpips           not measured: {error}\n"
-    measured = evaluate(vae.to(device), dataset, device, perceptual, save_to=save_to)
+    measured = evaluate(vae, dataset, device, perceptual, save_to=save_to)
     units = dict(psnr="dB", kl_dim="nats a latent dimension", lpips=f"({perceptual_net})",
-                 sharpness="high frequencies, x̂ over x", scaling_factor="1/std of z")
-    print(f"{checkpoint}, step {content['step']}: {measured.pop('images')} centre crops of {cfg.image_size} "
-          f"px, {data or 'dead leaves'}")
-    for name, value in measured.items():
-        print(f"  {name:15} {value:<10.4g} {units.get(name, '')}".rstrip())
+                 sharpness="high frequencies, x̂ over x", scaling_factor="1/std of z",
+                 latent_mean="of z, a channel", latent_std="of z, a channel")
+    step = "" if about["step"] is None else f", step {about['step']}"
+    print(f"{checkpoint}{step}: {measured.pop('images')} centre crops of {cfg.image_size} px, "
+          f"{data or 'dead leaves'}")
+    for name, value in {**measured, **latent_statistics(vae, dataset, device)}.items():
+        text = " ".join(f"{number:.4g}" for number in (value if isinstance(value, list) else [value]))
+        print(f"  {name:15} {text:<10} {units.get(name, '')}".rstrip())
     print(without, end="")
+
+
+def export_command(checkpoint, out):
+    """`python vaegan.py export`: the averaged weights alone, as .safetensors. Needs: all of the file."""
+    state, _, about = released(checkpoint)
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise UsageError(f"--out {out}: to write it takes `pip install safetensors`") from None
+    content = save({name: weight.contiguous() for name, weight in state.items()},
+                   {name: json.dumps(value) for name, value in about.items()} | dict(format="pt"))
+    write_whole(Path(out), lambda file: file.write(content))
+    print(f"{out}: {sum(weight.numel() for weight in state.values()) / 1e6:.1f} M parameters, step "
+          f"{about['step']}, scaling_factor {about['scaling_factor']}")
+
+
+@torch.no_grad()
+def encode_command(checkpoint, data, out, image_size, batch_size, workers, device):
+    """`python vaegan.py encode`: the posteriors of centre crops, 1000 a file; again: continues.
+
+    Needs: all of the file.
+    """
+    vae, cfg, about = open_released(checkpoint, data, image_size, device)
+    images, out = ImageFolder(data, cfg.image_size, train=False), Path(out)
+    names = [os.path.relpath(file, data) for file in images.files]
+    of = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in vae.state_dict().values()))
+    index = dict(weights=of.hexdigest(), image_size=cfg.image_size, files=names) | about
+    make_folder("--out", out)
+    if (out / "index.json").exists() and json.loads((out / "index.json").read_text()) != index:
+        raise UsageError(f"--out {out}: holds latents of other weights or images; take another one")
+    save_json(index, out / "index.json")
+    for start in range(0, len(names), 1000):
+        path, part = out / f"{start // 1000:05d}.pt", range(len(names))[start:start + 1000]
+        if path.exists():
+            continue
+        crops = torch.utils.data.Subset(images, part)
+        crops = tqdm(torch.utils.data.DataLoader(crops, batch_size, num_workers=workers), path.name)
+        found = [vae.encode(to_model(x, vae.last_layer.device)) for x in crops]
+        whole = ~images.broken[part.start:part.stop]            # another image stands in for a broken one
+        mean, logvar = (torch.cat([getattr(posterior, name) for posterior in found]).cpu().half()[whole]
+                        for name in ("mean", "logvar"))         # (n, C, h, w) each
+        files = [names[i] for i in part if not images.broken[i]]
+        write_whole(path, functools.partial(torch.save, dict(mean=mean, logvar=logvar, files=files)))
 
 
 def parse(argv):
@@ -2004,7 +2215,8 @@ def parse(argv):
     look = dict(allow_abbrev=False,
                 formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32))
     parser = Parser(prog="vaegan.py", description=__doc__.splitlines()[0], **look)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|eval|bench")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="train|eval|export|encode|bench")
     texts = dict(train=("train on a folder of images, or continue", "Train on a folder of images; the same "
                         "command again continues. Flags go over the preset's values."),
                  bench=("what an update of train costs", "Time, arithmetic and memory of an update and its "
@@ -2020,16 +2232,33 @@ def parse(argv):
                 metavar="N" if meta["parse"] in (int, float) else None)
             groups[meta["group"]].add_argument(flag_of(f.name), default=argparse.SUPPRESS, help=meta["help"],
                                                **kind)
-    sub = commands.add_parser("eval", **look, help="measure a checkpoint on a folder of images", description=(
-        "PSNR, SSIM, LPIPS, sharpness and KL of a checkpoint's reconstructions of centre crops."))
-    sub.add_argument("--checkpoint", required=True, metavar="FILE", help="last.pt or best.pt of a run")
-    sub.add_argument("--data", default="", metavar="DIR", help="folder of images; empty: dead leaves")
-    sub.add_argument("--save", default="", metavar="DIR", dest="save_to",
-                     help="write DIR/input/*.png and DIR/reconstruction/*.png, for any FID tool")
-    sub.add_argument("--image-size", default=0, type=int, metavar="N", help="side of a crop; 0: as trained")
-    sub.add_argument("--perceptual-net", default="alex", choices=("vgg", "alex", "squeeze"),
-                     help="trunk of LPIPS (default: alex, which papers report)")
-    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    texts = dict(
+        eval=("measure an autoencoder on a folder of images", "PSNR, SSIM, LPIPS, sharpness and KL of its "
+              "reconstructions of centre crops, and what its latents are like."),
+        export=("write the weights alone, for diffusers and ComfyUI", "Write the averaged weights as "
+                ".safetensors under CompVis' names, with scaling_factor and config in the metadata."),
+        encode=("write the latents of a folder of images", "Write the posteriors' mean and logvar of centre "
+                "crops, to train a diffusion model on, 1000 in a file. The same command again continues."))
+    subs = {name: commands.add_parser(name, **look, help=help, description=text)
+            for name, (help, text) in texts.items()}
+    for sub in subs.values():
+        sub.add_argument("--checkpoint", required=True, metavar="FILE", help=(
+            "last.pt or best.pt of a run, or any file that --init takes"))
+    subs["eval"].add_argument("--data", default="", metavar="DIR", help="its folder; empty: dead leaves")
+    subs["eval"].add_argument("--save", default="", metavar="DIR", dest="save_to",
+                              help="write DIR/input/*.png and DIR/reconstruction/*.png, for any FID tool")
+    subs["eval"].add_argument("--perceptual-net", default="alex", choices=("vgg", "alex", "squeeze"),
+                              help="trunk of LPIPS (default: alex, which papers report)")
+    subs["export"].add_argument("--out", required=True, metavar="FILE", help="the file, NAME.safetensors")
+    subs["encode"].add_argument("--data", required=True, metavar="DIR", help="its folder")
+    subs["encode"].add_argument("--out", required=True, metavar="DIR", help="folder of the latents")
+    for name, default, text in ("--batch-size", 16, "images at once"), ("--workers", 8, "as for train"):
+        subs["encode"].add_argument(name, default=default, type=int, metavar="N",
+                                    help=f"{text} (default: {default})")
+    for sub in subs["eval"], subs["encode"]:
+        sub.add_argument("--image-size", default=0, type=int, metavar="N",
+                         help="side of a crop in pixels; 0: as trained, else 256")
+        sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     return vars(parser.parse_args(argv))
 
 
@@ -2043,8 +2272,8 @@ def main(argv=None):
     try:
         flags = parse(argv)
         command = flags.pop("command")
-        if command == "eval":
-            eval_command(**flags)
+        if command in ("eval", "export", "encode"):
+            dict(eval=eval_command, export=export_command, encode=encode_command)[command](**flags)
             return 0
         preset = flags.pop("preset", "auto")
         if preset == "auto":
