@@ -1571,6 +1571,7 @@ ALONE = {           # what to run with each class and function that is cut out
                        "    monitor.assert_healthy(step, terms | dict(l2=0.1, grad_norm_dec=1.0))",
     "at_most": "assert len(at_most(2, range(5))) == 2", "suited": "assert suited('auto', 'cpu') == ('fp32', True)",
     "plain": "torch.save(dict(a=1), folder + '/p.pt'); assert plain(folder + '/p.pt') == dict(a=1)",
+    "foreign": "torch.save(dict(a=1), folder + '/p.pt'); assert foreign(folder + '/p.pt') == dict(a=1)",
     "compvis_names": "assert compvis_names(['encoder.down_blocks.1.resnets.0.conv1.bias']).popitem()[1] == 'encoder.down.1.block.0.conv1.bias'",
     "released": "torch.save(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)).state_dict(), folder + '/r.pt'); assert released(folder + '/r.pt')[1]['ch'] == 8",
     "open_released": "torch.save(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)).state_dict(), folder + '/r.pt'); open_released(folder + '/r.pt', '', 0, 'cpu')",
@@ -2101,6 +2102,7 @@ def test_init_reads_every_usual_layout_and_takes_the_widths_from_the_weights(tmp
     for vae in trainer.vae, trainer.average:
         assert all(torch.equal(vae.state_dict()[name], state[name].float()) for name in state)
     assert (trainer.cfg.ch, trainer.cfg.ch_mult, trainer.cfg.num_res_blocks, trainer.cfg.z_channels) == (16, (1, 2, 2), 2, 3)
+    assert trainer.cfg.disc_start == 0 and Config.of("tiny", init=str(path), disc_start=7).disc_start == 7
 
 
 def test_init_names_what_is_missing_unknown_or_misshapen_and_runs_no_code(tmp_path, monkeypatch, capsys):
@@ -2129,6 +2131,35 @@ def test_init_names_what_is_missing_unknown_or_misshapen_and_runs_no_code(tmp_pa
     assert in_this_process(*flags, "--ch-mult", 1, 2) == 2 and "--ch-mult (1, 2): good.pt has (1, 2, 2)" in capsys.readouterr().err
     assert in_this_process(*tiny_flags("run", "--freeze-encoder")) == 2 and "give --init FILE" in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+class Reduces:
+    """An object whose pickle calls a function."""
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_ckpt_with_other_programs_objects_is_read_and_none_of_their_code_runs(tmp_path, monkeypatch, zipped):
+    theirs = type("ModelCheckpoint", (), dict(__module__="lightning"))
+    monkeypatch.setitem(sys.modules, "lightning", types.SimpleNamespace(ModelCheckpoint=theirs))
+    state, thing = some_autoencoder().state_dict(), theirs()
+    thing.best = 3.0
+    content = dict(state_dict=state, callbacks={theirs: dict(best=thing)}, evil=Reduces(exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)))
+    if not zipped:                                              # torch's format before 1.6, where only data is read
+        del content["callbacks"], content["evil"]
+    torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    monkeypatch.delitem(sys.modules, "lightning")
+    known = torch.serialization.get_safe_globals()
+    found = vaegan.released(str(tmp_path / "a.ckpt"))[0]
+    assert torch.serialization.get_safe_globals() == known
+    assert all(torch.equal(found[name], state[name]) for name in state) and not (tmp_path / "ran").exists()
+    if zipped:
+        with pytest.raises(ValueError, match="it would run (lightning|builtins)"):      # in a save of ours there is none
+            vaegan.plain(tmp_path / "a.ckpt")
 
 
 def test_init_counts_at_the_start_and_a_begun_run_goes_on_without_the_file(tmp_path, monkeypatch, capsys):
@@ -2688,7 +2719,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     torch.save(dict(state_dict=Evil()), "evil.pt")
     assert vaegan.main(["eval", "--checkpoint", "evil.pt"]) == 2
-    assert "evil.pt: no checkpoint of vaegan.py (it would run posix.system)" in capsys.readouterr().err and not Path("evil").exists()
+    assert "evil.pt: no KL autoencoder (it would run posix.system)" in capsys.readouterr().err and not Path("evil").exists()
+    with pytest.raises(UsageError, match=re.escape("evil.pt: no checkpoint of vaegan.py (it would run posix.system)")):
+        vaegan.load("evil.pt")
 
 
 def spoil(checkpoint, what):

@@ -103,8 +103,8 @@ class Config:
     r1: float = arg("losses", 0.0, "γ of the R1 penalty on D, every 16 steps; 10 is usual; 0: off")
 
     disc_start: object = arg("warm-up", "plateau", "where D starts to train: a step, or plateau: once the "
-                             "reconstruction loss has saturated, after half of --steps at the latest",
-                             parse=step_or_plateau)
+                             "reconstruction loss has saturated, after half of --steps at the latest; with "
+                             "--init 0, for then it has", parse=step_or_plateau)
     disc_lead: int = arg("warm-up", 1000, "steps D trains before the decoder feels it", tiny=50)
     disc_ramp: int = arg("warm-up", 5000, "steps from no to full weight of the GAN", tiny=100)
 
@@ -157,13 +157,15 @@ class Config:
 
     @classmethod
     def of(cls, preset, **flags):
-        """The values of a preset, over them the widths of the file --init, over them explicit flags."""
+        """The values of a preset, over them what the file --init demands, over them explicit flags."""
         tiny = {f.name: f.metadata["tiny"] for f in fields(cls) if f.metadata["tiny"] is not None}
         widths = released(flags["init"])[1] if flags.get("init") else {}
-        cfg = cls(**{**(tiny if preset == "tiny" else {}), **widths, **flags, "preset": preset})
+        start = dict(widths, disc_start=0) if widths else {}
+        cfg = cls(**{**(tiny if preset == "tiny" else {}), **start, **flags, "preset": preset})
         for name, width in widths.items():
             if getattr(cfg, name) != width:
-                raise UsageError(f"{flag_of(name)} {getattr(cfg, name)}: {cfg.init} has {width}; leave the flag out")
+                raise UsageError(f"{flag_of(name)} {getattr(cfg, name)}: {cfg.init} has {width}; leave the "
+                                 "flag out")
         return cfg
 
 
@@ -1764,6 +1766,24 @@ def load(path):
     return checkpoint
 
 
+def foreign(path):
+    """As plain, for other programs' files: an object of a class that torch does not know for data, such as
+    Lightning's callbacks in a .ckpt, becomes an empty one. Nothing of it runs. Needs: plain."""
+    class Nothing:
+        def __init__(self, *arguments):
+            pass
+
+        def __setstate__(self, state):
+            pass
+
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:                                           # plain says why
+        names = []
+    with torch.serialization.safe_globals([(Nothing, name) for name in names]):
+        return plain(path)
+
+
 def compvis_names(names):
     """{a parameter's name, CompVis' or diffusers': CompVis' name of it}. Needs: nothing."""
     top = max((int(n) for name in names for n in re.findall(r"up_blocks\.(\d+)", name)), default=0)
@@ -1785,7 +1805,7 @@ def released(path):
     Reads .safetensors and what torch.save wrote, as weights only. Names may be CompVis' or diffusers', bare
     or below first_stage_model. or vae., as in a file of all of Stable Diffusion, whose other parts are left
     out, as are loss.* and model_ema.*. Raises UsageError that names what is missing, unknown or misshapen.
-    Needs: UsageError, AutoencoderKL, compvis_names, plain, same_kind.
+    Needs: UsageError, AutoencoderKL, compvis_names, foreign, same_kind.
     """
     about = dict(config={}, step=None, scaling_factor=None, latent_mean=None, latent_std=None)
     try:
@@ -1795,7 +1815,7 @@ def released(path):
             names, get, said = file.keys(), file.get_tensor, file.metadata() or {}
             said = {name: json.loads(said[name]) for name in about} if about.keys() <= said.keys() else {}
         else:
-            said = plain(path)
+            said = foreign(path)
             weights = said.get("state_dict", said)
             names, get = weights.keys(), weights.get
         about |= {name: said[name] for name in about if about.keys() <= said.keys()}
