@@ -963,6 +963,9 @@ def test_recomputation_runs_no_convolution_twice_and_nothing_where_no_gradient_i
     with Counting(calls), torch.no_grad():
         vae(images())
     assert calls["native_group_norm"] == norms
+    assert kept_bytes(lambda: vae.encode(images()).kl(), vae)[0] > 0
+    vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
+    assert kept_bytes(lambda: vae.encode(images()).kl(), vae)[0] == 0           # frozen: nothing to keep
 
 
 class Counting(TorchDispatchMode):
@@ -1112,8 +1115,8 @@ def test_learning_rate_rises_linearly_and_d_counts_from_its_own_start():
 def test_gradients_are_clipped_and_logged_as_they_were_before():
     trainer = Trainer(tiny_config(clip=1e-3), torch.device("cpu"))
     terms = trainer.update(0, iter(batches()))[0]
-    for name, weights in trainer.weights.items():
-        norm = torch.cat([p.grad.flatten() for p in weights]).norm().item()
+    for name in "enc", "dec", "disc":
+        norm = torch.cat([p.grad.flatten() for p in trainer.weights[name]]).norm().item()
         assert terms["grad_norm_" + name] > 2e-3 and math.isclose(norm, 1e-3, rel_tol=1e-2)
 
 
@@ -1469,27 +1472,30 @@ def test_the_scaling_factor_is_1_over_std_of_the_samples_and_each_channel_has_it
     vae, means, stds = known_posterior(0.0, 1.0), torch.tensor([3.0, -1.0, 0.0, 0.5]), torch.tensor([0.25, 2.0, 1.0, 0.01])
     with torch.no_grad():
         vae.quant_conv.bias.copy_(torch.cat([means, 2 * stds.log()]))
-    found = vaegan.latent_statistics(vae, DeadLeaves(32, length=41), batch_size=7)          # 41·256 values a channel
+    found = vaegan.evaluate(vae, DeadLeaves(32, length=41), batch_size=7, every=3)          # 41·256 values a channel
+    assert found["images"] == 14                                                            # 7 of each of batches 1 and 4
     assert torch.allclose(torch.tensor(found["latent_mean"]), means, atol=0.06) and found["latent_mean"][3] != 0.5
     assert torch.allclose(torch.tensor(found["latent_std"]), stds, rtol=0.03)
     variance = (stds ** 2).mean() + means.var(unbiased=False)                               # of all channels together
     assert math.isclose(found["scaling_factor"], variance ** -0.5, rel_tol=0.01)
 
 
-def test_a_run_measures_256_held_out_images_and_the_latents_of_1024_evenly_spread(tmp_path, monkeypatch):
-    for most, length, count, last in (1024, 300, 300, 299), (1024, 1024, 1024, 1023), (1024, 1025, 513, 1024), (256, 5000, 250, 4980):
-        some = vaegan.at_most(most, range(length))
-        assert (len(some), some[0], some[len(some) - 1]) == (count, 0, last)
-    trainer, seen = Trainer(tiny_config(image_size=24), torch.device("cpu")), {}
-    for name in "evaluate", "latent_statistics":
-        real = getattr(vaegan, name)
-        monkeypatch.setattr(vaegan, name, lambda vae, data, *rest, real=real, name=name: (
-            seen.update({name: len(data)}), real(vae, torch.utils.data.Subset(data, range(4)), *rest))[1])
-    (tmp_path / "samples").mkdir()
-    vaegan.validate(trainer, DeadLeaves(24, length=3000), torch.zeros(2, 3, 24, 24), tmp_path, None)
-    assert seen == dict(evaluate=250, latent_statistics=1000)
-    saved = vaegan.load(tmp_path / "best.pt")
-    assert len(saved["latent_mean"]) == len(saved["latent_std"]) == 4 and saved["scaling_factor"] > 0
+def test_a_run_measures_at_most_256_held_out_images_and_the_latents_of_1024_evenly_spread(tmp_path, monkeypatch):
+    photos, calls = write_photos(tmp_path / "photos", 1, size=(24, 24)), []
+    (tmp_path / "many").mkdir()
+    for i in range(1500):
+        os.link(photos / "00.jpg", tmp_path / "many" / f"{i:05d}.jpg")
+    monkeypatch.setattr(vaegan, "validate", lambda trainer, few, shown, out, board: calls.append((trainer, few, shown, out, board)) or {})
+    flags = ["--image-size", 24, "--data", photos, "--val", tmp_path / "many", "--steps", 1, "--batch-size", 64]
+    assert in_this_process(*tiny_flags(tmp_path / "run", *flags)) == 0
+    monkeypatch.undo()
+    trainer, few, *rest = calls[0]
+    encode, decode, sizes = trainer.average.encode, trainer.average.decode, collections.Counter()
+    monkeypatch.setattr(trainer.average, "encode", lambda x: sizes.update(encoded=len(x)) or encode(x))
+    monkeypatch.setattr(trainer.average, "decode", lambda z: sizes.update(decoded=len(z)) or decode(z))
+    assert list(few.indices) == list(range(0, 1500, 2))
+    vaegan.validate(trainer, few, *rest)
+    assert sizes["encoded"] - 8 == 750 and 0 < sizes["decoded"] - 8 <= 256 and trainer.latents["scaling_factor"] > 0
 
 
 def test_evaluate_measures_every_image_of_a_known_posterior(tmp_path):
@@ -1522,7 +1528,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "UsageError": "raise_it = UsageError('x')", "arg": "arg('g', 1, 'help')", "step_or_plateau": "step_or_plateau('3')",
     "flag_of": "assert flag_of('lr_disc') == '--lr-disc'", "save_json": "save_json(dict(a=1), Path(folder) / 'a.json')",
     "Config": "assert Config.of('tiny').image_size == 64 and Config().ch == 128",
-    "GroupNorm": "GroupNorm(64)(torch.zeros(1, 64, 2, 2))", "recomputed": "assert recomputed(nn.Module(), len, [3]) == 1",
+    "GroupNorm": "GroupNorm(64)(torch.zeros(1, 64, 2, 2))", "recomputed": "assert recomputed(nn.Module(), len, torch.zeros(1)) == 1",
     "last_layer_gradient": "last_layer_gradient(nn.Conv2d(4, 3, 3), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8))",
     "peak_memory": "peak_memory(torch.device('cpu'), reset=True); peak_memory(torch.device('cpu'))",
     "matrix_peak": "measure = functools.partial(measure, patience=0); assert matrix_peak(torch.device('cpu'), torch.float32) > 0",
@@ -1569,14 +1575,13 @@ ALONE = {           # what to run with each class and function that is cut out
     "CollapseMonitor": "monitor = CollapseMonitor()\nfor step in range(60):\n"
                        "    terms = monitor.look(*torch.rand(2, 2, 3, 32, 32), torch.ones(1, 4, 8, 8), lambda z: 2 * z)\n"
                        "    monitor.assert_healthy(step, terms | dict(l2=0.1, grad_norm_dec=1.0))",
-    "at_most": "assert len(at_most(2, range(5))) == 2", "suited": "assert suited('auto', 'cpu') == ('fp32', True)",
+    "suited": "assert suited('auto', 'cpu') == ('fp32', True)",
     "plain": "torch.save(dict(a=1), folder + '/p.pt'); assert plain(folder + '/p.pt') == dict(a=1)",
     "foreign": "torch.save(dict(a=1), folder + '/p.pt'); assert foreign(folder + '/p.pt') == dict(a=1)",
     "compvis_names": "assert compvis_names(['encoder.down_blocks.1.resnets.0.conv1.bias']).popitem()[1] == 'encoder.down.1.block.0.conv1.bias'",
     "released": "torch.save(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)).state_dict(), folder + '/r.pt'); assert released(folder + '/r.pt')[1]['ch'] == 8",
     "open_released": "torch.save(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)).state_dict(), folder + '/r.pt'); open_released(folder + '/r.pt', '', 0, 'cpu')",
     "tensorboard": "with tensorboard(Path(folder) / 'board', SimpleNamespace(rank=1, step=0)) as board: assert board is None",
-    "latent_statistics": "latent_statistics(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))",
     "second_name": "(Path(folder) / 'a').write_text('a'); second_name(Path(folder) / 'a', Path(folder) / 'b')",
     "keep_records": "(Path(folder) / 'log.jsonl').write_text('{\"step\": 1}\\n'); keep_records(Path(folder), 1)",
     "open_folder": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')); (Path(folder) / 'run').mkdir(); open_folder(Path(folder) / 'run', t, None)",
@@ -2153,9 +2158,9 @@ def test_a_ckpt_with_other_programs_objects_is_read_and_none_of_their_code_runs(
         del content["callbacks"], content["evil"]
     torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "lightning")
-    known = torch.serialization.get_safe_globals()
+    known = {*torch.serialization.get_safe_globals()}
     found = vaegan.released(str(tmp_path / "a.ckpt"))[0]
-    assert torch.serialization.get_safe_globals() == known
+    assert {*torch.serialization.get_safe_globals()} == known
     assert all(torch.equal(found[name], state[name]) for name in state) and not (tmp_path / "ran").exists()
     if zipped:
         with pytest.raises(ValueError, match="it would run (lightning|builtins)"):      # in a save of ours there is none
@@ -2304,11 +2309,16 @@ def test_encode_writes_the_posteriors_with_their_sources_and_continues(tmp_path,
         (photos / "01.jpg").write_bytes(b"torn")
     vae = some_autoencoder()
     torch.save(vae.state_dict(), tmp_path / "a.pt")
+    if not broken:
+        trainer = Trainer(tiny_config(**INIT), torch.device("cpu"))
+        trainer.average.load_state_dict(vae.state_dict())
+        trainer.latents["scaling_factor"] = 0.25
+        trainer.save(tmp_path / "a.pt")
     flags = ["encode", "--checkpoint", tmp_path / "a.pt", "--data", photos, "--out", out, "--image-size", 32, "--batch-size", 2, "--workers", 0]
     assert in_this_process(*flags) == 0
     index, shard = json.loads((out / "index.json").read_text()), torch.load(out / "00000.pt", weights_only=True)
     files = [f"0{i}.jpg" for i in range(5)] + [str(Path("more", f"0{i}.jpg")) for i in range(2)]
-    assert index["files"] == files and index["image_size"] == 32 and index["scaling_factor"] is None
+    assert index["files"] == files and index["image_size"] == 32 and index["scaling_factor"] == (None if broken else 0.25)
     assert shard["files"] == [name for name in files if not broken or name != "01.jpg"]
     assert {path.name for path in out.iterdir()} == {"index.json", "00000.pt"}
     data = ImageFolder(photos, 32, train=False)
@@ -2370,15 +2380,16 @@ def test_mps_chooses_fp32_and_plain_adam():
 
 
 def test_a_run_whose_workers_are_spawned_as_on_macos_and_windows_equals_one_without_workers(tmp_path):
-    photos, last = write_photos(tmp_path / "photos", 4), []
-    for workers in 0, 1:
-        flags = [str(flag) for flag in tiny_flags(tmp_path / str(workers), "--data", photos, "--steps", 3, "--workers", workers)]
-        code = f"import multiprocessing, vaegan; multiprocessing.set_start_method('spawn'); raise SystemExit(vaegan.main({flags}))"
-        status = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert status.returncode == 0, status.stderr
-        last.append(vaegan.load(tmp_path / str(workers) / "last.pt")["state_dict"])
-    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    flags = tiny_flags(tmp_path / "run", "--data", write_photos(tmp_path / "photos", 4), "--steps", 3, "--workers")
+    assert in_this_process(*flags, 0) == 0
+    expected = vaegan.load(tmp_path / "run/last.pt")["state_dict"]
+    flags = [str(flag) for flag in flags + [1, "--no-resume"]]
+    code = f"import multiprocessing, vaegan; multiprocessing.set_start_method('spawn'); raise SystemExit(vaegan.main({flags}))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    ours = vaegan.load(tmp_path / "run/last.pt")["state_dict"]
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 # --- nothing is lost

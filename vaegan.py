@@ -195,7 +195,8 @@ def recomputed(module, f, x):
 
     Source: Chen et al. 2016, as torch.utils.checkpoint has it. Needs: nothing.
     """
-    if not getattr(module, "recompute", False):
+    trains = x.requires_grad or any(p.requires_grad for p in module.parameters())           # else frozen
+    if not (getattr(module, "recompute", False) and trains):
         return f(x)
     told = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
     return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False,
@@ -1215,10 +1216,11 @@ class Trainer:
 def train(cfg):
     """Train as `cfg` says, alone or as one of torchrun's processes, and continue the run that cfg.out holds.
 
-    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, previous.pt, best.pt, healthy.pt. Raises
-    UsageError before anything is changed, or when too many images have turned out bad; CollapseError after
-    it has saved what shows it; RunError where a file cannot be written; KeyboardInterrupt(number of the
-    signal, text) after it has saved the run. Needs: all of the file.
+    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, previous.pt, best.pt, healthy.pt and,
+    where that is installed, tensorboard/. Raises UsageError before anything is changed, or when too many
+    images have turned out bad; CollapseError after it has saved what shows it; RunError where a file cannot
+    be written; KeyboardInterrupt(number of the signal, text) after it has saved the run.
+    Needs: all of the file.
     """
     out = Path(cfg.out)
     if cfg.freeze_encoder and not cfg.init and not (cfg.resume and (out / "last.pt").exists()):
@@ -1231,7 +1233,8 @@ def train(cfg):
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
     say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
         f"M; {len(train_set)} images of {cfg.image_size} px, {len(val_set)} held out")
-    shown = to_model(torch.stack([image for image in at_most(8, at_most(256, val_set))]), device)
+    few = torch.utils.data.Subset(val_set, range(0, len(val_set), -(-len(val_set) // 1024)))    # 1024 at most
+    shown = to_model(torch.stack([few[i] for i in range(min(8, len(few)))]), device)
     with claimed(out) if rank == 0 else contextlib.nullcontext(), Signals(rank, world) as signals:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # by torchrun, after a fault
         path = resume(trainer, out, say) if cfg.resume or restarted else None
@@ -1243,13 +1246,13 @@ def train(cfg):
                 bar.n = trainer.step
                 with contextlib.closing(batches(trainer, train_set)) as images, \
                         tensorboard(out / "tensorboard", trainer) as board:
-                    loop(trainer, images, train_set, val_set, shown, out, board, say, bar, signals)
+                    loop(trainer, images, train_set, few, shown, out, board, say, bar, signals)
         meet()                                                  # rank 0 measures and saves last
     say(f"{out}: {max(trainer.step, cfg.steps)} steps done; a larger --steps goes on from here")
     return trainer
 
 
-def loop(trainer, images, train_set, val_set, shown, out, board, say, bar, signals):
+def loop(trainer, images, train_set, few, shown, out, board, say, bar, signals):
     """Update until cfg.steps or a rollback: watch, log, measure, save. Needs: all of the file."""
     cfg, warm_up, monitor = trainer.cfg, trainer.warm_up, trainer.monitor
     rows, warned, clock = [], set(), (trainer.step, time.perf_counter())
@@ -1317,7 +1320,7 @@ def loop(trainer, images, train_set, val_set, shown, out, board, say, bar, signa
             trainer.seen, trainer.events = [], []
             if trainer.rank == 0:
                 if to_sample:
-                    record |= validate(trainer, val_set, shown, out, board)
+                    record |= validate(trainer, few, shown, out, board)
                 add_record(out / "log.jsonl", record, board)    # before the save, or a kill could lose it
             clock = done, time.perf_counter()
         if to_save or stop:
@@ -1332,16 +1335,16 @@ def loop(trainer, images, train_set, val_set, shown, out, board, say, bar, signa
                                     + command_line(cfg))
 
 
-def validate(trainer, val_set, shown, out, board):
-    """Measure the averaged weights on 256 images, and the latents of 1024; draw `shown`, keep the best -> the
-    log's val_ keys."""
-    vae, device, size = trainer.average, trainer.device, trainer.cfg.batch_size
+def validate(trainer, few, shown, out, board):
+    """Measure the averaged weights on 256 of `few` images, the latents of all; draw `shown`, keep the best ->
+    the log's val_ keys."""
     with torch.compiler.set_stance("force_eager"):              # nothing is compiled for other batch sizes
-        measured = evaluate(vae, at_most(256, val_set), device, trainer.perceptual, size)
-        trainer.latents = latent_statistics(vae, at_most(1024, val_set), device, size)
-        picture = save_pairs(vae, shown, out / "samples" / f"{trainer.step:07d}.png")
+        measured = evaluate(trainer.average, few, trainer.device, trainer.perceptual, trainer.cfg.batch_size,
+                            every=-(-len(few) // 256))
+        picture = save_pairs(trainer.average, shown, out / "samples" / f"{trainer.step:07d}.png")
     if board:
         board.add_image("samples", (picture.clamp(-1, 1) + 1) / 2, trainer.step)
+    trainer.latents = {name: measured[name] for name in trainer.latents}
     warm_up = trainer.warm_up
     with_gan = trainer.cfg.disc_weight == 0 or warm_up.weight(trainer.step - 1) == warm_up.top
     score = [int(with_gan), -measured.get("lpips", -measured["psnr"])]
@@ -1519,11 +1522,6 @@ def open_data(cfg):
     hold_out = 0 if cfg.val else 20
     return (ImageFolder(cfg.data, cfg.image_size, True, cfg.seed, hold_out),
             ImageFolder(cfg.val or cfg.data, cfg.image_size, False, cfg.seed, hold_out))
-
-
-def at_most(n, dataset):
-    """Every k-th item of a dataset, so that there are at most n. Needs: nothing."""
-    return torch.utils.data.Subset(dataset, range(0, len(dataset), -(-len(dataset) // n)))
 
 
 def make_folder(flag, path):
@@ -1955,24 +1953,30 @@ def high_frequency_energy(x):
 
 
 @torch.no_grad()
-def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=""):
-    """Measure the reconstructions (decoded means, clamped to [-1, 1]) of a dataset of uint8 images -> dict:
+def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, every=1, save_to=""):
+    """Measure the reconstructions (decoded means, clamped to [-1, 1]) of a dataset of uint8 images, one batch
+    of `every`, and the latents (samples z of the posteriors) of all -> dict:
 
-    images; psnr, dB; ssim; lpips, with `perceptual` only; kl_dim, nats a latent dimension; sharpness,
-    high-frequency energy of x̂ over that of x, over all images: 1 is as sharp. save_to: folder for input/ and
-    reconstruction/*.png.
+    images, how many were decoded; psnr, dB; ssim; lpips, with `perceptual` only; kl_dim, nats a latent
+    dimension; sharpness, high-frequency energy of x̂ over that of x, over all images: 1 is as sharp;
+    scaling_factor, 1/std of z over all values, by which a diffusion model multiplies it (Rombach et al. 2022,
+    appendix G): 0.18215 for Stable Diffusion; latent_mean, latent_std, lists of a number a channel. save_to:
+    folder for input/ and reconstruction/*.png.
     Needs: to_model, psnr, ssim, high_frequency_energy, save_png, make_folder.
     """
     for name in ("input", "reconstruction") if save_to else ():
         make_folder("--save", Path(save_to, name))
-    sums, count = {}, 0
-    for images in torch.utils.data.DataLoader(dataset, batch_size):
+    noise, sums, count, moments, n = torch.Generator(device).manual_seed(0), {}, 0, 0.0, 0
+    for k, images in enumerate(torch.utils.data.DataLoader(dataset, batch_size)):
         x = to_model(images, device)
         posterior = vae.encode(x)
+        z = posterior.sample(noise).cpu().double()                                      # (B, C, h, w)
+        moments, n = moments + torch.stack([z, z ** 2]).sum(dim=(1, 3, 4)), n + z[:, 0].numel()
+        if k % every:
+            continue
         x_hat = vae.decode(posterior.mode()).clamp(-1, 1)
-        values = dict(psnr=psnr(x, x_hat), ssim=ssim(x, x_hat),
-                      kl_dim=posterior.kl() / posterior.mean[0].numel(), high=high_frequency_energy(x),
-                      high_hat=high_frequency_energy(x_hat))
+        values = dict(psnr=psnr(x, x_hat), ssim=ssim(x, x_hat), kl_dim=posterior.kl() / z[0].numel(),
+                      high=high_frequency_energy(x), high_hat=high_frequency_energy(x_hat))
         if perceptual:
             values["lpips"] = perceptual(x, x_hat)
         for name, value in values.items():
@@ -1983,24 +1987,11 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8, save_to=
         count += len(x)
     mean = {name: total / count for name, total in sums.items()}
     sharpness = mean.pop("high_hat") / mean.pop("high")
-    return dict(images=count, **mean, sharpness=sharpness)
-
-
-@torch.no_grad()
-def latent_statistics(vae, dataset, device="cpu", batch_size=8):
-    """Of samples z of the posteriors of a dataset of uint8 images -> dict: scaling_factor, 1/std over all
-    values, with which a diffusion model multiplies z (Stable Diffusion's is 0.18215); latent_mean and
-    latent_std, lists of a number a channel.
-
-    Source: Rombach et al. 2022, appendix G. Needs: to_model.
-    """
-    noise, sums, count = torch.Generator(device).manual_seed(0), 0.0, 0
-    for images in torch.utils.data.DataLoader(dataset, batch_size):
-        z = vae.encode(to_model(images, device)).sample(noise).cpu().double()       # (B, C, h, w)
-        sums, count = sums + torch.stack([z, z ** 2]).sum(dim=(1, 3, 4)), count + z[:, 0].numel()
-    mean, square = sums / count                                 # (C,) each
-    std, all_std = (square - mean ** 2).sqrt(), (square.mean() - mean.mean() ** 2).sqrt()
-    return dict(scaling_factor=1 / float(all_std), latent_mean=mean.tolist(), latent_std=std.tolist())
+    z_mean, z_square = moments / n                                                      # (C,) each
+    std = float((z_square.mean() - z_mean.mean() ** 2).clamp(min=1e-20).sqrt())
+    return dict(images=count, **mean, sharpness=sharpness, scaling_factor=1 / std,
+                latent_mean=z_mean.tolist(),
+                latent_std=(z_square - z_mean ** 2).clamp(min=0).sqrt().tolist())
 
 
 # ---- What an update costs, and where.
@@ -2177,7 +2168,7 @@ def eval_command(checkpoint, data, save_to, image_size, perceptual_net, device):
     step = "" if about["step"] is None else f", step {about['step']}"
     print(f"{checkpoint}{step}: {measured.pop('images')} centre crops of {cfg.image_size} px, "
           f"{data or 'dead leaves'}")
-    for name, value in {**measured, **latent_statistics(vae, dataset, device)}.items():
+    for name, value in measured.items():
         text = " ".join(f"{number:.4g}" for number in (value if isinstance(value, list) else [value]))
         print(f"  {name:15} {text:<10} {units.get(name, '')}".rstrip())
     print(without, end="")
@@ -2208,6 +2199,7 @@ def encode_command(checkpoint, data, out, image_size, batch_size, workers, devic
     names = [os.path.relpath(file, data) for file in images.files]
     of = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in vae.state_dict().values()))
     index = dict(weights=of.hexdigest(), image_size=cfg.image_size, files=names) | about
+    index = json.loads(json.dumps(index))                       # tuples become lists
     make_folder("--out", out)
     if (out / "index.json").exists() and json.loads((out / "index.json").read_text()) != index:
         raise UsageError(f"--out {out}: holds latents of other weights or images; take another one")
