@@ -966,6 +966,9 @@ def test_recomputation_runs_no_convolution_twice_and_nothing_where_no_gradient_i
     assert kept_bytes(lambda: vae.encode(images()).kl(), vae)[0] > 0
     vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
     assert kept_bytes(lambda: vae.encode(images()).kl(), vae)[0] == 0           # frozen: nothing to keep
+    z = torch.zeros(2, 4, 16, 16, requires_grad=True)
+    lean, whole = (AutoencoderKL(**SMALL, recompute=recompute).requires_grad_(False) for recompute in (True, False))
+    assert kept_bytes(lambda: lean.decode(z), lean)[0] < 0.7 * kept_bytes(lambda: whole.decode(z), whole)[0]
 
 
 class Counting(TorchDispatchMode):
@@ -1479,12 +1482,20 @@ def test_the_scaling_factor_is_1_over_std_of_the_samples_and_each_channel_has_it
     vae, means, stds = known_posterior(0.0, 1.0), torch.tensor([3.0, -1.0, 0.0, 0.5]), torch.tensor([0.25, 2.0, 1.0, 0.01])
     with torch.no_grad():
         vae.quant_conv.bias.copy_(torch.cat([means, 2 * stds.log()]))
-    found = vaegan.evaluate(vae, DeadLeaves(32, length=41), batch_size=7, every=3)          # 41·256 values a channel
-    assert found["images"] == 14                                                            # 7 of each of batches 1 and 4
+    found = vaegan.evaluate(vae, DeadLeaves(32, length=41), batch_size=7)                   # 41·256 values a channel
     assert torch.allclose(torch.tensor(found["latent_mean"]), means, atol=0.06) and found["latent_mean"][3] != 0.5
     assert torch.allclose(torch.tensor(found["latent_std"]), stds, rtol=0.03)
     variance = (stds ** 2).mean() + means.var(unbiased=False)                               # of all channels together
     assert math.isclose(found["scaling_factor"], variance ** -0.5, rel_tol=0.01)
+
+
+def test_which_images_are_decoded_does_not_depend_on_the_batch_size():
+    data, vae = DeadLeaves(32, length=11), known_posterior(0.0, 1.0)
+    two, five = (vaegan.evaluate(vae, data, batch_size=size, every=4) for size in (2, 5))
+    three = vaegan.evaluate(vae, torch.utils.data.Subset(data, [0, 4, 8]))
+    for name in "images", "psnr", "ssim", "sharpness", "kl_dim":
+        assert math.isclose(two[name], three[name], rel_tol=1e-5) and math.isclose(five[name], three[name], rel_tol=1e-5), name
+    assert two["images"] == 3 and math.isclose(two["scaling_factor"], five["scaling_factor"], rel_tol=0.05)
 
 
 def test_a_run_measures_at_most_256_held_out_images_and_the_latents_of_1024_evenly_spread(tmp_path, monkeypatch):
@@ -1492,7 +1503,7 @@ def test_a_run_measures_at_most_256_held_out_images_and_the_latents_of_1024_even
     (tmp_path / "many").mkdir()
     for i in range(1500):
         os.link(photos / "00.jpg", tmp_path / "many" / f"{i:05d}.jpg")
-    monkeypatch.setattr(vaegan, "validate", lambda trainer, few, shown, out, board: calls.append((trainer, few, shown, out, board)) or {})
+    monkeypatch.setattr(vaegan, "validate", lambda *arguments: calls.append(arguments) or ({}, None))
     flags = ["--image-size", 24, "--data", photos, "--val", tmp_path / "many", "--steps", 1, "--batch-size", 64]
     assert in_this_process(*tiny_flags(tmp_path / "run", *flags)) == 0
     monkeypatch.undo()
@@ -1502,7 +1513,7 @@ def test_a_run_measures_at_most_256_held_out_images_and_the_latents_of_1024_even
     monkeypatch.setattr(trainer.average, "decode", lambda z: sizes.update(decoded=len(z)) or decode(z))
     assert list(few.indices) == list(range(0, 1500, 2))
     vaegan.validate(trainer, few, *rest)
-    assert sizes["encoded"] - 8 == 750 and 0 < sizes["decoded"] - 8 <= 256 and trainer.latents["scaling_factor"] > 0
+    assert (sizes["encoded"] - 8, sizes["decoded"] - 8) == (750, 250) and trainer.latents["scaling_factor"] > 0    # 8 are drawn
 
 
 def test_evaluate_measures_every_image_of_a_known_posterior(tmp_path):
@@ -1582,13 +1593,13 @@ ALONE = {           # what to run with each class and function that is cut out
     "CollapseMonitor": "monitor = CollapseMonitor()\nfor step in range(60):\n"
                        "    terms = monitor.look(*torch.rand(2, 2, 3, 32, 32), torch.ones(1, 4, 8, 8), lambda z: 2 * z)\n"
                        "    monitor.assert_healthy(step, terms | dict(l2=0.1, grad_norm_dec=1.0))",
-    "suited": "assert suited('auto', 'cpu') == ('fp32', True)",
+    "saves": "assert saves(Path(folder) / 'none') == []", "json_text": "assert json_text(1) == '1' + chr(10)", "suited": "assert suited('auto', 'cpu') == ('fp32', True)",
     "plain": "torch.save(dict(a=1), folder + '/p.pt'); assert plain(folder + '/p.pt') == dict(a=1)",
     "foreign": "torch.save(dict(a=1), folder + '/p.pt'); assert foreign(folder + '/p.pt') == dict(a=1)",
     "compvis_names": "assert compvis_names(['encoder.down_blocks.1.resnets.0.conv1.bias']).popitem()[1] == 'encoder.down.1.block.0.conv1.bias'",
     "released": "torch.save(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)).state_dict(), folder + '/r.pt'); assert released(folder + '/r.pt')[1]['ch'] == 8",
     "open_released": "torch.save(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)).state_dict(), folder + '/r.pt'); open_released(folder + '/r.pt', '', 0, 'cpu')",
-    "tensorboard": "with tensorboard(Path(folder) / 'board', SimpleNamespace(rank=1, step=0)) as board: assert board is None",
+    "tensorboard": "with tensorboard(Path(folder) / 'board', SimpleNamespace(rank=0, step=0)) as board: board(dict(step=1, a=0.5), None)",
     "second_name": "(Path(folder) / 'a').write_text('a'); second_name(Path(folder) / 'a', Path(folder) / 'b')",
     "keep_records": "(Path(folder) / 'log.jsonl').write_text('{\"step\": 1}\\n'); keep_records(Path(folder), 1)",
     "open_folder": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu')); (Path(folder) / 'run').mkdir(); open_folder(Path(folder) / 'run', t, None)",
@@ -1721,6 +1732,11 @@ def test_eval_prints_one_table_and_saves_both_sets_of_images(tmp_path, monkeypat
     status, printed = in_this_process("eval", "--checkpoint", out / "last.pt"), capsys.readouterr().out
     record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])       # measured on the saved average
     assert status == 0 and math.isclose(float(re.search(r"psnr +(\S+)", printed)[1]), record["val_psnr"], rel_tol=1e-3)
+    torch.save(vaegan.load(out / "last.pt")["state_dict"], tmp_path / "bare.pt")
+    assert vaegan.open_released(str(tmp_path / "bare.pt"), "", 0, "cpu")[1].image_size == 256      # the file does not say
+    trainer = Trainer(tiny_config(seed=7), torch.device("cpu"))
+    trainer.save(tmp_path / "seven.pt")
+    assert vaegan.open_released(str(tmp_path / "seven.pt"), "", 0, "cpu")[1].seed == 7     # so the same dead leaves are held out
     status = in_this_process("eval", "--checkpoint", out / "best.pt", "--data", photos, "--save", tmp_path / "saved")
     printed = capsys.readouterr().out
     assert status == 0 and "step 2: 3 centre crops of 32 px" in printed
@@ -1951,6 +1967,7 @@ def test_torchrun_trains_two_processes_into_one_folder(tmp_path):
     flags = tiny_flags(tmp_path / "run", "--steps", 4, "--accumulate", 2, "--lr", 0)
     process = torchrun(*flags)
     assert process.returncode == 0 and process.stdout.count("2 × cpu") == 1, process.stderr
+    assert len([*(tmp_path / "run").glob("tensorboard/*")]) <= 1                # of rank 0, where it is installed
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
     assert in_this_process(*tiny_flags(tmp_path / "one", "--steps", 4, "--accumulate", 2, "--lr", 0, "--batch-size", 4)) == 0
     ours, one = (json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0])["l1"] for run in ("run", "one"))
@@ -2125,16 +2142,18 @@ def test_init_names_what_is_missing_unknown_or_misshapen_and_runs_no_code(tmp_pa
         "unknown encoder.down.2.attn.0.norm.bias": state | {"encoder.down.2.attn.0.norm.bias": torch.zeros(32)},
         "post_quant_conv.weight: shape [3, 5, 1, 1], not [3, 3, 1, 1]": state | {"post_quant_conv.weight": torch.zeros(3, 5, 1, 1)},
         "without decoder.conv_out.weight": dict(unet=torch.zeros(3)), "it would run posix.system": dict(state_dict=Evil()),
-        "no attribute": [1, 2], "a.pt: no KL autoencoder": {3: torch.zeros(1)}}
+        "Can only SETITEM for dict": dict(state_dict=state, more=collections.defaultdict(list, a=[1])), "no attribute": [1, 2], "a.pt: no KL autoencoder": {3: torch.zeros(1)}}
     monkeypatch.chdir(tmp_path)
     for text, content in cases.items():
         torch.save(content, "a.pt")
         status, err = in_this_process(*tiny_flags("run", "--init", "a.pt")), capsys.readouterr().err
         assert status == 2 and text in err and err.count("\n") == 1, (text, err)
     Path("torn.safetensors").write_bytes(b"torn")
-    for name in "torn.safetensors", "nowhere.ckpt", str(tmp_path):
+    shutil.copy("torn.safetensors", "torn.ckpt")
+    for name in "torn.safetensors", "torn.ckpt", "nowhere.ckpt", str(tmp_path):
         status, err = in_this_process(*tiny_flags("run", "--init", name)), capsys.readouterr().err
         assert status == 2 and f"{name}: " in err and "give Stable Diffusion's as .safetensors" in err and err.count("\n") == 1
+        assert "weights_only" not in err                        # torch's advice would switch the safety off
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert in_this_process(*tiny_flags("run", "--init", "torn.safetensors")) == 2
     assert "torn.safetensors: to read it takes `pip install safetensors`" in capsys.readouterr().err
@@ -2181,6 +2200,10 @@ def test_init_counts_at_the_start_and_a_begun_run_goes_on_without_the_file(tmp_p
         torch.save(some_autoencoder(seed, ch=8, num_res_blocks=1).state_dict(), name)
     flags = ["train", "--preset", "tiny", "--image-size", 32, "--ndf", 8, "--batch-size", 2, "--disc-start", 1, "--disc-lead", 0]
     assert in_this_process(*flags, "--init", "a.pt", "--freeze-encoder", "--steps", 2, "--out", "run") == 0
+    for start in "plateau", 0:
+        cfg = Config.of("tiny", init="a.pt", freeze_encoder=True, disc_start=start)
+        again = vaegan.parse(shlex.split(vaegan.command_line(cfg))[2:])
+        assert replace(cfg, init="") == Config.of(again.pop("preset"), **{k: v for k, v in again.items() if k != "command"})
     assert in_this_process(*flags, "--init", "a.pt", "--freeze-encoder", "--steps", 3, "--out", "run") == 0
     assert "continues after step 2 of 3; --steps 2 -> 3" in capsys.readouterr().out
     assert in_this_process(*flags, "--init", "b.pt", "--freeze-encoder", "--steps", 4, "--out", "run") == 2
@@ -2189,7 +2212,11 @@ def test_init_counts_at_the_start_and_a_begun_run_goes_on_without_the_file(tmp_p
     assert "--freeze-encoder False: run/last.pt was trained with True" in capsys.readouterr().err
     Path("a.pt").unlink()
     widths = ["--ch", 8, "--ch-mult", 1, 2, 2, "--num-res-blocks", 1, "--z-channels", 3]
+    for name in "last.pt", "previous.pt":
+        Path("run", name).unlink()                              # healthy.pt is the same
     assert in_this_process(*flags, *widths, "--freeze-encoder", "--steps", 4, "--out", "run") == 0
+    torch.save(some_autoencoder(5, ch=8, num_res_blocks=1).state_dict(), "a.pt")
+    assert in_this_process(*flags, "--init", tmp_path / "a.pt", "--freeze-encoder", "--steps", 4, "--out", "run") == 0
     trained = vaegan.load("run/last.pt")
     frozen = [name for name in trained["state_dict"] if name.startswith(("encoder.", "quant_conv."))]
     start = some_autoencoder(5, ch=8, num_res_blocks=1).state_dict()
@@ -2269,10 +2296,19 @@ def test_export_writes_bare_names_with_scaling_factor_and_config(tmp_path, capsy
         assert {*file.keys()} == {*average} and all(torch.equal(file.get_tensor(name), average[name]) for name in average)
     assert said["format"] == "pt" and float(said["scaling_factor"]) == 0.18215 and json.loads(said["latent_std"]) == [1, 2, 3, 4]
     assert json.loads(said["config"])["ch"] == 8 and said["step"] == "2"
+    assert not {"data", "val", "init", "out"} & json.loads(said["config"]).keys()          # of the machine, not of the weights
     status, out = in_this_process("eval", "--checkpoint", tmp_path / "vae.safetensors"), capsys.readouterr().out
     assert status == 0 and "step 2: 64 centre crops of 32 px" in out            # as it was trained
     assert vaegan.main(["export", "--checkpoint", str(tmp_path / "last.pt"), "--out", str(tmp_path / "no" / "a.safetensors")]) == 1
     assert "a.safetensors cannot be written: No such file or directory" in capsys.readouterr().err
+    before = (tmp_path / "last.pt").read_bytes()
+    for out in str(tmp_path / "last.pt"), "", ".":
+        assert vaegan.main(["export", "--checkpoint", str(tmp_path / "last.pt"), "--out", out]) == 2
+        assert "give a name that ends in .safetensors" in capsys.readouterr().err
+    assert (tmp_path / "last.pt").read_bytes() == before
+    one = torch.zeros(8)                                        # two names, one tensor: as of a foreign file
+    torch.save({name: value if value.shape != one.shape else one for name, value in trainer.vae.state_dict().items()}, tmp_path / "shared.pt")
+    assert vaegan.main(["export", "--checkpoint", str(tmp_path / "shared.pt"), "--out", str(tmp_path / "shared.safetensors")]) == 0
 
 
 def test_without_safetensors_export_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -2342,17 +2378,24 @@ def test_encode_writes_the_posteriors_with_their_sources_and_continues(tmp_path,
     torch.save(some_autoencoder(6).state_dict(), tmp_path / "a.pt")
     capsys.readouterr()
     assert in_this_process(*flags) == 2 and "holds latents of other weights or images" in capsys.readouterr().err
+    (out / "index.json").write_text("torn")
+    assert in_this_process(*flags) == 2 and "holds latents of other weights or images" in capsys.readouterr().err
+    for flag, value in ("--batch-size", 0), ("--workers", -1), ("--image-size", 33):
+        assert in_this_process(*flags, flag, value) == 2 and f"{flag} {value}: " in capsys.readouterr().err
 
 
 def test_encode_puts_a_thousand_images_in_a_file(tmp_path, monkeypatch):
     photos = write_photos(tmp_path / "photos", 1)
     for i in range(1, 1002):
         os.link(photos / "00.jpg", photos / f"{i:05d}.jpg")
+    (photos / "01000.jpg").unlink()
+    (photos / "01000.jpg").write_bytes(b"torn")
     torch.save(some_autoencoder(ch=4, ch_mult=(1, 1, 1), num_res_blocks=1).state_dict(), tmp_path / "a.pt")
     assert in_this_process("encode", "--checkpoint", tmp_path / "a.pt", "--data", photos, "--out", tmp_path / "out",
                            "--image-size", 24, "--batch-size", 64, "--workers", 0) == 0
-    sizes = {path.name: len(torch.load(path, weights_only=True)["mean"]) for path in (tmp_path / "out").glob("*.pt")}
-    assert sizes == {"00000.pt": 1000, "00001.pt": 2}
+    shards = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / "out").glob("*.pt")}
+    assert {name: len(shard["mean"]) for name, shard in shards.items()} == {"00000.pt": 1000, "00001.pt": 1}
+    assert shards["00001.pt"]["files"] == ["01001.jpg"]
 
 
 def test_tensorboard_has_the_records_of_the_log_and_the_pictures_once(tmp_path):
@@ -2379,6 +2422,30 @@ def test_without_tensorboard_the_log_alone_is_written(tmp_path, monkeypatch, cap
     assert in_this_process(*tiny_flags(tmp_path / "run", "--steps", 2)) == 0
     assert not (tmp_path / "run/tensorboard").exists() and (tmp_path / "run/log.jsonl").exists()
     assert "TensorBoard" not in capsys.readouterr().out
+
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise TypeError("Descriptors cannot be created directly")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("tensorboard"))
+    assert in_this_process(*tiny_flags(tmp_path / "run", "--steps", 3)) == 0
+    assert "goes on without TensorBoard: Descriptors cannot" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["open", "write"])
+def test_a_full_disk_under_tensorboard_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys, when):
+    """Its folder lies on a disk of its own, of no bytes."""
+    pytest.importorskip("tensorboard")
+    (tmp_path / "run").mkdir()
+    if when == "open":
+        (tmp_path / "run/tensorboard").write_text("no folder")
+    else:
+        from torch.utils.tensorboard import SummaryWriter
+        monkeypatch.setattr(SummaryWriter, "flush", lambda self: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    status, (out, err) = in_this_process(*tiny_flags(tmp_path / "run", "--steps", 2)), capsys.readouterr()
+    if when == "open":
+        assert status == 0 and "goes on without TensorBoard: " in out           # the log is there
+    else:
+        assert status == 1 and "run/tensorboard cannot be written: No space left on device" in err and "Traceback" not in err
 
 
 def test_mps_chooses_fp32_and_plain_adam():
