@@ -55,7 +55,8 @@ class RunError(Exception):
 
 def arg(group, default, help, tiny=None, least=0, most=math.inf, parse=None, choices=None):
     """A field of Config that is also a flag. default: preset sd's value; tiny: the other's, if it differs."""
-    help += f" (default: {default})" if tiny is None else f" (sd: {default}, tiny: {tiny})"
+    if default != "":
+        help += f" (default: {default})" if tiny is None else f" (sd: {default}, tiny: {tiny})"
     return field(default=default, metadata=dict(group=group, help=help, tiny=tiny, least=least, most=most,
                                                 parse=parse or type(default), choices=choices))
 
@@ -2272,12 +2273,12 @@ def parse(argv):
             meta = f.metadata
             kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(
                 type=meta["parse"], choices=meta["choices"], nargs="+" if f.name == "ch_mult" else None,
-                metavar="N" if meta["parse"] in (int, float) else None)
+                metavar={int: "N", float: "N", str: None if meta["choices"] else "PATH"}.get(meta["parse"]))
             groups[meta["group"]].add_argument(flag_of(f.name), default=argparse.SUPPRESS, help=meta["help"],
                                                **kind)
     texts = dict(
-        eval=("measure an autoencoder on a folder of images", "PSNR, SSIM, LPIPS, sharpness and KL of its "
-              "reconstructions of centre crops, and what its latents are like."),
+        eval=("measure an autoencoder on a folder of images", "Measure PSNR, SSIM, LPIPS, sharpness and KL of "
+              "reconstructed centre crops, and the statistics of their latents."),
         export=("write the weights alone, for diffusers and ComfyUI", "Write the averaged weights as "
                 ".safetensors under CompVis' names, with scaling_factor and config in the metadata."),
         encode=("write the latents of a folder of images", "Write the posteriors' mean and logvar of centre "
@@ -2287,18 +2288,18 @@ def parse(argv):
     for sub in subs.values():
         sub.add_argument("--checkpoint", required=True, metavar="FILE", help=(
             "last.pt or best.pt of a run, or any file that --init takes"))
-    subs["eval"].add_argument("--data", default="", metavar="DIR", help="its folder; empty: dead leaves")
     subs["eval"].add_argument("--save", default="", metavar="DIR", dest="save_to",
                               help="write DIR/input/*.png and DIR/reconstruction/*.png, for any FID tool")
     subs["eval"].add_argument("--perceptual-net", default="alex", choices=("vgg", "alex", "squeeze"),
                               help="trunk of LPIPS (default: alex, which papers report)")
     subs["export"].add_argument("--out", required=True, metavar="FILE", help="the file, NAME.safetensors")
-    subs["encode"].add_argument("--data", required=True, metavar="DIR", help="its folder")
     subs["encode"].add_argument("--out", required=True, metavar="DIR", help="folder of the latents")
     for name, default, text in ("--batch-size", 16, "images at once"), ("--workers", 8, "as for train"):
         subs["encode"].add_argument(name, default=default, type=int, metavar="N",
                                     help=f"{text} (default: {default})")
     for sub in subs["eval"], subs["encode"]:
+        sub.add_argument("--data", required=sub is subs["encode"], default="", metavar="DIR",
+                         help="folder of images" + "; empty: dead leaves" * (sub is subs["eval"]))
         sub.add_argument("--image-size", default=0, type=int, metavar="N",
                          help="side of a crop in pixels; 0: as trained, else 256")
         sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
