@@ -2277,8 +2277,8 @@ def parse(argv):
             groups[meta["group"]].add_argument(flag_of(f.name), default=argparse.SUPPRESS, help=meta["help"],
                                                **kind)
     texts = dict(
-        eval=("measure an autoencoder on a folder of images", "Measure PSNR, SSIM, LPIPS, sharpness and KL of "
-              "reconstructed centre crops, and the statistics of their latents."),
+        eval=("measure an autoencoder on a folder of images", "Measure PSNR, SSIM, LPIPS, sharpness and KL "
+              "of reconstructed centre crops, and the statistics of their latents."),
         export=("write the weights alone, for diffusers and ComfyUI", "Write the averaged weights as "
                 ".safetensors under CompVis' names, with scaling_factor and config in the metadata."),
         encode=("write the latents of a folder of images", "Write the posteriors' mean and logvar of centre "
