@@ -2142,7 +2142,7 @@ def test_init_names_what_is_missing_unknown_or_misshapen_and_runs_no_code(tmp_pa
         "unknown encoder.down.2.attn.0.norm.bias": state | {"encoder.down.2.attn.0.norm.bias": torch.zeros(32)},
         "post_quant_conv.weight: shape [3, 5, 1, 1], not [3, 3, 1, 1]": state | {"post_quant_conv.weight": torch.zeros(3, 5, 1, 1)},
         "without decoder.conv_out.weight": dict(unet=torch.zeros(3)), "it would run posix.system": dict(state_dict=Evil()),
-        "Can only SETITEM for dict": dict(state_dict=state, more=collections.defaultdict(list, a=[1])), "no attribute": [1, 2], "a.pt: no KL autoencoder": {3: torch.zeros(1)}}
+        "Can only append to lists": dict(state_dict=state, more=collections.deque([1])), "no attribute": [1, 2], "a.pt: no KL autoencoder": {3: torch.zeros(1)}}
     monkeypatch.chdir(tmp_path)
     for text, content in cases.items():
         torch.save(content, "a.pt")
