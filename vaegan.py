@@ -196,8 +196,8 @@ def recomputed(module, f, x):
 
     Source: Chen et al. 2016, as torch.utils.checkpoint has it. Needs: nothing.
     """
-    trains = x.requires_grad or any(p.requires_grad for p in module.parameters())           # else frozen
-    if not (getattr(module, "recompute", False) and trains):
+    if not (getattr(module, "recompute", False)
+            and (x.requires_grad or any(p.requires_grad for p in module.parameters()))):    # else frozen
         return f(x)
     told = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
     return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False,
@@ -1008,7 +1008,8 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
     # L_G = L_rec + kl_weight·KL/N + w·(-E[D(x̂)]): one call, as after one of two ranks average too early
     outputs, gradients = [x_hat], [g]
     if kl.requires_grad:                                        # that of a frozen encoder does not
-        outputs, gradients = [x_hat, kl_weight * kl / N], [g, loss_scale * torch.ones_like(kl)]
+        outputs += [kl_weight * kl / N]
+        gradients += [loss_scale * torch.ones_like(kl)]
     torch.autograd.backward(outputs, gradients)
     return x_hat.detach(), {name: value.detach() for name, value in terms.items()}
 
@@ -1704,14 +1705,15 @@ def tensorboard(folder, trainer):
             tqdm.write(f"goes on without TensorBoard: {error}")
 
     def board(record, picture):
+        if not writer:
+            return
         with writing(folder):
-            for name, value in record.items() if writer else ():
+            for name, value in record.items():
                 if isinstance(value, float):
                     writer.add_scalar(name, value, record["step"])
-            if writer and picture is not None:
+            if picture is not None:
                 writer.add_image("samples", (picture.clamp(-1, 1) + 1) / 2, record["step"])
-            if writer:
-                writer.flush()
+            writer.flush()
 
     try:
         yield board
@@ -1767,7 +1769,7 @@ def plain(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))           # torch's advice is to switch the safety off
-        text = (str(error) or type(error).__name__).rpartition("WeightsUnpickler error:")[2].strip()
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
         raise ValueError(f"it would run {code[1]}" if code else
                          f"cut short, or not one at all: {text.splitlines()[0]}") from None
 
@@ -2213,8 +2215,7 @@ def export_command(checkpoint, out):
         raise UsageError(f"--out {out}: to write it takes `pip install safetensors`") from None
     for path in ("data", "val", "init", "out"):                 # of this machine, nobody else's business
         about["config"].pop(path, None)
-    plain_layout = dict(memory_format=torch.contiguous_format)
-    content = save({name: weight.clone(**plain_layout) for name, weight in state.items()},
+    content = save({name: weight.contiguous().clone() for name, weight in state.items()},
                    {name: json.dumps(value) for name, value in about.items()} | dict(format="pt"))
     write_whole(Path(out), lambda file: file.write(content))
     known = ", ".join(f"{name} {about[name]}" for name in ("step", "scaling_factor") if about[name])
@@ -2251,7 +2252,7 @@ def encode_command(checkpoint, data, out, image_size, batch_size, workers, devic
 
 
 def parse(argv):
-    """Command line -> dict of its flags, but for `eval` only of those that were typed. Raises UsageError."""
+    """Command line -> dict of its flags; for train and bench only of those typed. Raises UsageError."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UsageError(f"{message}; see {self.prog} --help")
@@ -2316,8 +2317,9 @@ def main(argv=None):
     try:
         flags = parse(argv)
         command = flags.pop("command")
-        if command in ("eval", "export", "encode"):
-            dict(eval=eval_command, export=export_command, encode=encode_command)[command](**flags)
+        others = dict(eval=eval_command, export=export_command, encode=encode_command)
+        if command in others:
+            others[command](**flags)
             return 0
         preset = flags.pop("preset", "auto")
         if preset == "auto":
