@@ -1530,6 +1530,287 @@ def test_evaluate_measures_every_image_of_a_known_posterior(tmp_path):
     assert torch.equal(ImageFolder(tmp_path / "input", 32, train=False)[13], data[13])
 
 
+# --- roads not taken
+
+
+def test_focal_frequency_loss_weighs_each_frequency_by_its_own_error_and_is_zero_for_equal_images():
+    x, x_hat = images(2, 8, torch.double), images(2, 8, torch.double, seed=2).requires_grad_()
+    dft = torch.tensor([[complex(math.cos(2 * math.pi * j * k / 8), -math.sin(2 * math.pi * j * k / 8)) / math.sqrt(8) for k in range(8)]
+                        for j in range(8)], dtype=torch.complex128)
+    distance = (dft @ x.to(dft.dtype) @ dft.T - dft @ x_hat.to(dft.dtype) @ dft.T).abs()
+    weight = torch.stack([torch.stack([plane / plane.max() for plane in image]) for image in distance]).detach()
+    expected = (weight * distance ** 2).mean(dim=(1, 2, 3))
+    loss = vaegan.focal_frequency_loss(x, x_hat)
+    assert loss.shape == (2,) and torch.allclose(loss, expected, rtol=1e-10) and weight.max() == 1.0
+    for ours, textbook in zip(*(torch.autograd.grad(value.sum(), x_hat) for value in (loss, expected))):      # the weight is a constant
+        assert torch.allclose(ours, textbook, rtol=1e-8)
+    flat = vaegan.focal_frequency_loss(x, x_hat, alpha=0.0)                     # Parseval: without weights it is the squared error
+    assert torch.allclose(flat, (x - x_hat).square().mean(dim=(1, 2, 3)), rtol=1e-10)
+    same = x.clone().requires_grad_()
+    assert vaegan.focal_frequency_loss(x, same).tolist() == [0, 0]
+    assert torch.autograd.grad(vaegan.focal_frequency_loss(x, same).sum(), same)[0].abs().max() == 0
+
+
+def test_focal_frequency_loss_sees_the_phase_and_not_only_the_amplitude():
+    x = images(1, 16)
+    moved = x.roll(3, dims=-1)
+    assert torch.allclose(torch.fft.fft2(x).abs(), torch.fft.fft2(moved).abs(), atol=1e-3)
+    assert vaegan.focal_frequency_loss(x, moved).item() > 0.1
+
+
+def test_gram_loss_is_blind_to_where_features_are_and_sees_which_come_together():
+    f, g = torch.randn(2, 5, 6, 7, generator=seeded(1)), torch.randn(2, 5, 6, 7, generator=seeded(2))
+    order = torch.randperm(42, generator=seeded(3))
+    shuffled = f.flatten(2)[:, :, order].view(f.shape)
+    assert vaegan.gram_loss([f], [shuffled]).max() < 1e-10 < 1e-3 < vaegan.gram_loss([f], [f[:, [1, 0, 2, 3, 4]]]).min()
+    textbook = torch.zeros(2)                                                   # Gatys et al. eq. 3 and 4 as means over positions
+    for b, i, j in itertools.product(range(2), range(5), range(5)):
+        textbook[b] += ((f[b, i] * f[b, j]).mean() - (g[b, i] * g[b, j]).mean()) ** 2
+    assert torch.allclose(vaegan.gram_loss([f], [g]), textbook, rtol=1e-4)
+    assert torch.allclose(vaegan.gram_loss([f, f], [g, g]), 2 * textbook, rtol=1e-4)
+
+
+def test_sobel_loss_is_zero_for_a_constant_offset_and_the_difference_of_slopes_of_ramps():
+    x = images(2, 12)
+    assert vaegan.sobel_loss(x, x + 0.3).max() < 1e-6
+    ramp = torch.arange(12.0).expand(1, 3, 12, 12)
+    assert math.isclose(vaegan.sobel_loss(ramp, 3 * ramp).item(), 1.0, rel_tol=1e-6)       # 2 across, 0 along: the mean of both
+    assert math.isclose(vaegan.sobel_loss(ramp.mT, 3 * ramp.mT).item(), 1.0, rel_tol=1e-6)
+    d = (x - images(2, 12, seed=2))
+    across = (d[..., :-2, 2:] + 2 * d[..., 1:-1, 2:] + d[..., 2:, 2:] - d[..., :-2, :-2] - 2 * d[..., 1:-1, :-2] - d[..., 2:, :-2]) / 8
+    along = (d[..., 2:, :-2] + 2 * d[..., 2:, 1:-1] + d[..., 2:, 2:] - d[..., :-2, :-2] - 2 * d[..., :-2, 1:-1] - d[..., :-2, 2:]) / 8
+    expected = (across.abs() + along.abs()).mean(dim=(1, 2, 3)) / 2
+    assert torch.allclose(vaegan.sobel_loss(x, images(2, 12, seed=2)), expected, atol=1e-6)
+
+
+def test_the_gradient_penalty_of_a_linear_critic_is_exact():
+    w = torch.randn(3, 8, 8, dtype=torch.double, generator=seeded(1)).requires_grad_()
+    x, x_hat = images(4, 8, torch.double), images(4, 8, torch.double, seed=2)
+    penalty = vaegan.gradient_penalty(lambda between: (w * between).sum(dim=(1, 2, 3)), x, x_hat)
+    assert math.isclose(penalty.item(), (w.norm().item() - 1) ** 2, rel_tol=1e-12)
+    gradient, = torch.autograd.grad(penalty, w)
+    assert torch.allclose(gradient, 2 * (w.norm() - 1) * w / w.norm(), rtol=1e-10)
+    patches = lambda between: torch.stack([(w * between).sum(dim=(1, 2, 3))] * 6).T.view(4, 1, 2, 3)       # a critic's value is a mean
+    assert math.isclose(vaegan.gradient_penalty(patches, x, x_hat).item(), penalty.item(), rel_tol=1e-12)
+
+
+def test_the_gradient_penalty_looks_at_points_between_image_and_reconstruction_and_follows_the_generator():
+    seen, x, x_hat = [], torch.zeros(64, 3, 8, 8), torch.ones(64, 3, 8, 8).requires_grad_()
+
+    def critic(between):
+        seen.append(between.detach())
+        return between.square().sum(dim=(1, 2, 3))
+    values = [vaegan.gradient_penalty(critic, x, x_hat, generator=seeded(5)).item() for _ in range(2)]
+    u = seen[0][:, 0, 0, 0]
+    assert torch.equal(seen[0], u.view(-1, 1, 1, 1).expand(x.shape)) and 0 <= u.min() < 0.1 and 0.9 < u.max() <= 1
+    expected = (2 * (1 - seen[0]).mul(0).add(seen[0]).flatten(1).norm(dim=1) - 1).square().mean()           # ∇Σx² = 2x
+    assert values[0] == values[1] and math.isclose(values[0], expected.item(), rel_tol=1e-5) and x_hat.grad is None
+
+
+def test_the_non_saturating_loss_keeps_its_gradient_where_d_has_won_and_the_minimax_loss_does_not():
+    won = torch.full((1,), -30.0, requires_grad=True)                           # D is sure that this is a reconstruction
+    ours, = torch.autograd.grad(vaegan.non_saturating_g_loss(won), won)
+    minimax, = torch.autograd.grad(torch.log(1 - torch.sigmoid(won) + 1e-30).sum(), won)
+    assert math.isclose(ours.item(), -1.0, rel_tol=1e-6) and abs(minimax.item()) < 1e-6
+
+
+def test_non_saturating_losses_are_binary_cross_entropy_and_the_wasserstein_loss_is_a_difference_of_means():
+    real, fake = torch.randn(2, 50, generator=seeded(1))
+    bce = F.binary_cross_entropy_with_logits
+    d_loss = (bce(real, torch.ones(50)) + bce(fake, torch.zeros(50))) / 2
+    assert math.isclose(vaegan.non_saturating_d_loss(real, fake), d_loss, rel_tol=1e-5)
+    assert math.isclose(vaegan.non_saturating_g_loss(fake), bce(fake, torch.ones(50)), rel_tol=1e-5)
+    assert math.isclose(vaegan.wasserstein_d_loss(real, fake), sum(fake.tolist()) / 50 - sum(real.tolist()) / 50, rel_tol=1e-4)
+
+
+def test_a_texture_loss_takes_the_gans_place_and_its_share_of_the_gradient():
+    vae, disc = small_nets(torch.double)
+    ours = copy.deepcopy(vae)
+    generator_step(vae, disc.eval(), images(dtype=torch.double), generator=seeded(7))
+    generator_step(ours, None, images(dtype=torch.double), texture=lambda x, x_hat: -disc(x_hat).mean(), generator=seeded(7))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(vae.parameters(), ours.parameters()))
+    for loss in (vaegan.focal_frequency_loss, vaegan.sobel_loss):
+        _, terms = generator_step(vae, None, images(dtype=torch.double), texture=lambda x, x_hat: loss(x, x_hat).mean(), disc_weight=0.3,
+                                  generator=seeded(7))
+        assert math.isclose(terms["grad_ratio"], 0.3, rel_tol=1e-3) and terms["g_loss"] > 0
+
+
+def test_without_spectral_norm_d_convolves_with_its_weights_as_they_are():
+    plain = PatchDiscriminator(ndf=8, spectral=False)
+    h = x = images()
+    for i, conv in enumerate(plain.convs):
+        h = F.conv2d(F.leaky_relu(h, 0.2) if i else h, conv.parametrizations.weight.original, conv.bias, conv.stride, padding=1)
+    assert torch.equal(plain(x), h) and not torch.allclose(PatchDiscriminator(ndf=8)(x), h)
+
+
+def test_wgan_gp_trains_an_unbounded_d_on_the_wasserstein_loss_and_ten_times_the_penalty():
+    trainer = Trainer(tiny_config(gan="wgan-gp"), torch.device("cpu"))
+    reference, x, x_hat = copy.deepcopy(trainer.disc), images(), images(seed=2)
+    assert not reference.spectral
+    trainer.noise.manual_seed(3)
+    terms = trainer.train_disc(x, x_hat)
+    loss = reference(x_hat).mean() - reference(x).mean()
+    u = torch.rand(2, 1, 1, 1, generator=seeded(3))
+    between = (u * x + (1 - u) * x_hat).requires_grad_()
+    slope, = torch.autograd.grad(reference(between).mean(dim=(1, 2, 3)).sum(), between, create_graph=True)
+    (loss + 10 * ((slope.square().sum(dim=(1, 2, 3)).sqrt() - 1) ** 2).mean()).backward()
+    assert math.isclose(terms["d_loss"], loss.detach(), abs_tol=1e-6)
+    for p, q in zip(trainer.disc.parameters(), reference.parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_every_variant_trains_what_it_says():
+    groups = vaegan.variants()
+    every = {name: change for group in groups.values() for name, change in group.items()}
+    assert all(group["full"] == ({}, "") for group in groups.values()) and len(every) == 19
+    for name, (flags, road) in every.items():
+        trainer = Trainer(replace(tiny_config(), **{"perceptual_weight": 0.0, **flags}), torch.device("cpu"))
+        trainer.perceptual = random_perceptual() if name == "gram" else None
+        if road:
+            vaegan.take_road(trainer, road)
+        terms, = trainer.update(0, iter(batches()))
+        assert all(torch.isfinite(value) for value in terms.values()), name
+        assert ("d_loss" in terms) == (trainer.cfg.disc_weight > 0 and name not in ("focal", "gram", "sobel")), name
+        assert ("g_loss" in terms) == (trainer.cfg.disc_weight > 0), name
+        assert trainer.disc.spectral == (name not in ("wgan-gp", "no-spectral-norm")), name
+        if "g_loss" in terms and "no-lambda" not in name and "neither" not in name:
+            assert math.isclose(terms["grad_ratio"], 0.5, rel_tol=0.01), name
+
+
+def test_telling_images_are_one_with_texture_one_with_edges_and_a_smooth_one():
+    noise, edge, ramp = images(1, 32), torch.zeros(1, 3, 32, 32), torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
+    edge[..., 8:16] = edge[..., 24:] = 4.0
+    assert vaegan.telling(torch.cat([ramp, edge, 0.01 * noise + ramp, noise])) == [3, 1, 0]
+
+
+def ablation(out, *more):
+    return [str(flag) for flag in ["ablate", *tiny_flags(out, "--disc-start", 6, "--steps", 14)[1:], "--perceptual-weight", 0, "--only", *more]]
+
+
+def test_ablate_is_interrupted_and_continued_and_equals_the_undisturbed_one(tmp_path, monkeypatch, capsys):
+    photos = write_photos(tmp_path / "photos", 6)
+    for name, value in {**OFFLINE, "TORCH_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    more = ["full", "sobel", "neither-1", "--seeds", 0, 1, "--data", photos]
+    assert in_this_process(*ablation(tmp_path / "whole", *more)) == 0
+    assert "goes on without measuring LPIPS: LPIPS net alex" in capsys.readouterr().out
+    with monkeypatch.context() as during:
+        stopping(during, 4)                                                     # in the warm-up, and in the cold start
+        assert in_this_process(*ablation(tmp_path / "parts", *more)) == 143 and not (tmp_path / "parts/ablation.json").exists()
+        assert re.search(r"interrupted; \S*parts holds what is done; the same command goes on from there\n$", capsys.readouterr().err)
+    with monkeypatch.context() as during:
+        stopping(during, 11)                                                    # in full-0, after the fork
+        assert in_this_process(*ablation(tmp_path / "parts", *more)) == 143
+    assert torch.load(tmp_path / "parts/full-0/last.pt", weights_only=True)["step"] == 11
+    assert in_this_process(*ablation(tmp_path / "parts", *more[:1], *more[3:])) == 0       # --only full: the others are added later
+    before, one = (tmp_path / "parts/full-0/row.json").stat().st_mtime_ns, json.loads((tmp_path / "parts/ablation.json").read_text())
+    assert {name: [*rows] for name, rows in one["rows"].items()} == dict(full=["0", "1"])
+    assert in_this_process(*ablation(tmp_path / "parts", *more)) == 0
+    assert (tmp_path / "parts/full-0/row.json").stat().st_mtime_ns == before
+    whole, parts = (json.loads((tmp_path / name / "ablation.json").read_text())["rows"] for name in ("whole", "parts"))
+    assert whole.keys() == {"full", "sobel", "neither-1"} and all([*rows] == ["0", "1"] for rows in whole.values())
+    timeless = lambda rows: {name: [{key: value for key, value in row.items() if key not in ("steps_per_s", "disc_ms")} for row in seeds.values()]
+                             for name, seeds in rows.items()}
+    assert timeless(parts) == timeless(whole) and whole["full"]["0"] != whole["full"]["1"]
+    for name in ("ablation.png", "sobel-1/last.pt"):
+        assert (tmp_path / "parts" / name).exists()
+    picture = Image.open(tmp_path / "parts/ablation.png")
+    assert picture.size == (60 + 3 * 128, 3 * (20 + 3 * 128))                   # original and two variants, three crops, three groups
+
+
+def test_variants_start_from_one_warm_up_and_cold_ones_from_nothing(tmp_path, monkeypatch):
+    for name, value in {**OFFLINE, "TORCH_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    starts, update = {}, Trainer.update
+
+    def first(self, step, images_):
+        starts.setdefault(Path(self.cfg.out).name, (step, [p.detach().clone() for p in self.vae.parameters()]))
+        return update(self, step, images_)
+    monkeypatch.setattr(Trainer, "update", first)
+    assert in_this_process(*ablation(tmp_path / "out", "full", "l1", "wgan-gp", "no-warm-up", "--steps", 8)) == 0
+    steps = {name: start[0] for name, start in starts.items()}
+    assert steps == {"warm-up-0": 0, "full-0": 6, "l1-0": 6, "wgan-gp-0": 6, "no-warm-up-0": 0}
+    weights = {name: start[1] for name, start in starts.items()}
+    assert same(weights["full-0"], weights["l1-0"]) and same(weights["full-0"], weights["wgan-gp-0"])
+    assert same(weights["warm-up-0"], weights["no-warm-up-0"]) and not same(weights["full-0"], weights["warm-up-0"])
+    assert torch.load(tmp_path / "out/warm-up-0/last.pt", weights_only=True)["step"] == 6          # the forks left it alone
+
+
+def test_the_ablations_table_has_the_numbers_of_its_json():
+    random.seed(0)
+    row = lambda: dict(psnr=random.uniform(10, 30), ssim=random.random(), lpips=random.random(), sharpness=random.random(), kl_dim=random.random(),
+                       grad_norm_dec=random.random(), grad_norm_dec_max=random.uniform(1, 100), grad_ratio_max=None, other_z=1.5, lipschitz=None,
+                       steps_per_s=random.uniform(1, 50), disc_ms=None, collapsed=random.choice(["", "rebound at 7"]))
+    rows = {name: {str(seed): row() for seed in range(n)} for name, n in (("l1", 1), ("full", 3), ("no-lambda-10", 2))}
+    rows["full"]["2"] = dict(collapsed="non_finite at 9, stopped")
+    text = vaegan.ablation_table(dict(about="of this", config={}, rows=rows))
+    assert text.startswith("of this\n") and "| no-lambda-10 |" in text and "| `--no-adaptive --disc-weight 10.0` |" in text
+    columns = [["psnr", "ssim", "lpips", "sharpness", "kl_dim"],
+               ["grad_norm_dec", "grad_norm_dec_max", "grad_ratio_max", "other_z", "lipschitz", "steps_per_s", "disc_ms"]]
+    seen = collections.Counter()
+    for line in text.splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if name not in rows:
+            continue
+        for key, cell in zip(columns[seen[name] >= dict(l1=1, full=3)[name] if name != "no-lambda-10" else seen[name]], cells):
+            values = [r[key] for r in rows[name].values() if r.get(key) is not None]
+            parts = [float(part) for part in cell.split(" ± ")] if cell != "–" else []
+            digits = len(cell.split(" ")[0].partition(".")[2])
+            expected = [] if not values else [sum(values) / len(values)]
+            if len(values) > 1:
+                expected.append(math.sqrt(sum((v - expected[0]) ** 2 for v in values) / (len(values) - 1)))
+            assert len(parts) == len(expected) and all(abs(a - b) <= 0.51 * 10 ** -digits for a, b in zip(parts, expected)), (name, key)
+        if "collapsed" not in line and cells[-1][:1].isdigit():
+            signs = [r["collapsed"] for r in rows[name].values() if r["collapsed"]]
+            assert cells[-1] == f"{len(signs)} of {len(rows[name])}" + (": " + ", ".join(signs) if signs else "")
+        seen[name] += 1
+    assert seen == dict(l1=2, full=6, **{"no-lambda-10": 2})                    # the full recipe is in each group of both tables
+
+
+def test_ablate_notes_collapses_and_what_is_not_finite_and_goes_on(tmp_path, monkeypatch, capsys):
+    for name, value in {**OFFLINE, "TORCH_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    update = Trainer.update
+
+    def broken(self, step, images_):
+        rows = update(self, step, images_)
+        if self.cfg.gan == "ns" and step == 9:
+            rows[0]["l1"] = torch.tensor(math.nan)
+        return rows
+    monkeypatch.setattr(Trainer, "update", broken)
+    assert in_this_process(*ablation(tmp_path / "out", "ns", "l1")) == 0
+    rows = json.loads((tmp_path / "out/ablation.json").read_text())["rows"]
+    assert rows["ns"]["0"] == dict(collapsed="non_finite at 10, stopped") and rows["l1"]["0"]["psnr"] > 0
+    assert "| ns | – |" in (tmp_path / "out/ablation.md").read_text() and Image.open(tmp_path / "out/ablation.png").width == 60 + 2 * 128
+    trainer = Trainer(tiny_config(out=str(tmp_path / "fake")), torch.device("cpu"))
+    events = [dict(), dict(event="step 5: the warm-up is over"), dict(event="collapse at step 7: rebound: worse"), dict(event="collapse at step 9: noise: so")]
+    (tmp_path / "fake").mkdir()
+    lines = [json.dumps(dict(step=step, grad_norm_dec=float(step), images_per_s=10.0 * step, **event)) + "\n" for step, event in enumerate(events, 6)]
+    (tmp_path / "fake/log.jsonl").write_text("".join(lines))
+    row = vaegan.measure_run(trainer, DeadLeaves(32, length=3), None, tmp_path / "fake")
+    assert row["collapsed"] == "rebound at 7" and row["grad_norm_dec"] == 7.5 and row["grad_norm_dec_max"] == 9.0 and row["steps_per_s"] == 37.5
+    assert row["disc_ms"] > 0 and row["lpips"] is None and row["grad_ratio_max"] is None
+
+
+def test_ablate_refuses_what_it_cannot_do_in_one_line(tmp_path, monkeypatch, capsys):
+    for name, value in {**OFFLINE, "TORCH_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    cases = {"--only r2: choose from l2, l1, full": ["r2"], "--only gram": ["gram"], "--disc-start 14": ["l1", "--disc-start", 14],
+             "--disc-start 0": ["l1", "--disc-start", 0], "--disc-weight 0": ["l1", "--disc-weight", 0], "--no-resume": ["l1", "--no-resume"],
+             "--on-collapse stop": ["l1", "--on-collapse", "stop"], "--seed -1": ["l1", "--seeds", -1],
+             "nowhere: no such folder": ["l1", "--data", tmp_path / "nowhere"], "squeezenet1_1-b8a52dc0.pth": ["l1", "--perceptual-weight", 1]}
+    for text, more in cases.items():
+        status, err = in_this_process(*ablation(out, *more)), capsys.readouterr().err
+        err = re.sub("Downloading: .*\n", "", err)
+        assert status == 2 and text in err and err.count("\n") == 1 and not out.exists(), (text, err)
+    assert in_this_process(*ablation(out, "l1")) == 0
+    for text, more in {"--steps 20: ": ["--steps", 20], "--lr 0.5": ["--lr", 0.5], "--ch-mult (1, 1)": ["--ch-mult", 1, 1]}.items():
+        capsys.readouterr()
+        status, err = in_this_process(*ablation(out, "l1", *more)), capsys.readouterr().err
+        assert status == 2 and text in err and "was begun with" in err and err.count("\n") == 1
+
+
 # --- the file itself
 
 
@@ -1612,9 +1893,22 @@ ALONE = {           # what to run with each class and function that is cut out
             "load(folder + '/b.pt')",
     "autoencoder": "autoencoder(vaegan.Config.of('tiny', ch=8))", "launch": "launch(vaegan.Config(device='cpu'))",
     "open_data": "open_data(vaegan.Config.of('tiny', data=folder))",
+    "flag_words": "assert flag_words('clip', 0.0) == ['--clip', '0.0'] and flag_words('adaptive', False) == ['--no-adaptive']",
+    "non_saturating_d_loss": "non_saturating_d_loss(torch.zeros(2), torch.zeros(2))", "non_saturating_g_loss": "non_saturating_g_loss(torch.zeros(2))",
+    "wasserstein_d_loss": "wasserstein_d_loss(torch.zeros(2), torch.ones(2))",
+    "gradient_penalty": "gradient_penalty(nn.Conv2d(3, 1, 3), torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)).backward()",
+    "focal_frequency_loss": "focal_frequency_loss(torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8))",
+    "gram_loss": "gram_loss([torch.zeros(2, 3, 8, 8)], [torch.ones(2, 3, 8, 8)])",
+    "sobel_loss": "sobel_loss(torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8))",
+    "take_road": "t = vaegan.Trainer(vaegan.Config.of('tiny', ch=8), torch.device('cpu'))\n[take_road(t, name) for name in ('ns', 'focal', 'wgan-gp')]\n"
+                 "x = torch.zeros(1, 3, 32, 32); t.texture(x, x + 1), t.penalty(x, x + 1), t.d_loss(x, x)",
+    "variants": "assert 'full' in variants()['what each loss buys']", "telling": "assert len(telling(torch.rand(4, 3, 8, 8))) == 3",
+    "ablation_table": "assert '| full | 1.0 ± 0.0 |' in ablation_table(dict(about='', rows=dict(full={'0': dict(psnr=1.0), '1': dict(psnr=1.0)})))",
+    "save_ablation": "save_ablation(dict(rows={}), Path(folder))", "ablation_config": "assert ablation_config(vaegan.Config.of('tiny', on_collapse='warn')).disc_start == 500",
+    "write_ablation": "write_ablation(vaegan.Config.of('tiny', out=folder), 'about', ['full']); assert (Path(folder) / 'ablation.md').exists()",
     "save_pairs": "save_pairs(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 8, 8), Path(folder) / 'out.png')",
 }
-WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "bench", "eval_command", "export_command", "encode_command", "parse", "main"}     # need everything, and say so
+WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "bench", "measure_run", "ablate", "eval_command", "export_command", "encode_command", "parse", "main"}     # need everything, and say so
 
 
 def test_every_definition_runs_when_cut_out_with_what_its_docstring_names(tmp_path):

@@ -22,7 +22,7 @@ Every class and function runs when cut out with what its docstring names under "
 """
 
 import argparse, contextlib, copy, functools, hashlib, itertools, json, math, os, platform, re
-import shlex, shutil, signal, sys, threading, time, warnings
+import shlex, shutil, signal, statistics, sys, threading, time, warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrizations import spectral_norm
@@ -97,8 +97,11 @@ class Config:
 
     pixel_loss: str = arg("losses", "l1", "pixel term, a mean over all values", choices=("l1", "l2"))
     perceptual_weight: float = arg("losses", 1.0, "weight of LPIPS; 0: off", tiny=0.0)
-    perceptual_net: str = arg("losses", "vgg", "trunk of LPIPS", choices=("vgg", "alex", "squeeze"))
+    perceptual_net: str = arg("losses", "vgg", "trunk of LPIPS", tiny="squeeze",
+                              choices=("vgg", "alex", "squeeze"))
     kl_weight: float = arg("losses", 1e-6, "weight of the KL (of an image, divided by 3·H·W)", tiny=1e-2)
+    gan: str = arg("losses", "hinge", "the GAN: hinge, ns (non-saturating), or wgan-gp (without spectral "
+                   "norm; D takes twice as long)", choices=("hinge", "ns", "wgan-gp"))
     disc_weight: float = arg("losses", 0.5, "GAN's gradient / reconstruction's, at the last layer; 0: no GAN")
     adaptive: bool = arg("losses", True, "scale the GAN's gradient by λ, VQGAN eq. 7")
     r1: float = arg("losses", 0.0, "γ of the R1 penalty on D, every 16 steps; 10 is usual; 0: off")
@@ -392,11 +395,13 @@ class PatchDiscriminator(nn.Module):
 
     Source: Isola et al. 2017, §6.1.2; layout and N(0, 0.02) weights of taming-transformers. Spectral norm
     (Miyato et al. 2018) replaces BatchNorm: D works at batch 1, treats real and fake alike, and its slope is
-    bounded. Each forward in training mode does one power iteration. x: (B, in_channels, H, W) -> logits
-    (B, 1, H/8 - 2, W/8 - 2) of x's dtype, under autocast too. Raises ValueError under 24 px. Needs: nothing.
+    bounded. Each forward in training mode does one power iteration. spectral=False: the weights as they are.
+    x: (B, in_channels, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2) of x's dtype, under autocast too. Raises
+    ValueError under 24 px. Needs: nothing.
     """
-    def __init__(self, in_channels=3, ndf=64, n_layers=3):
+    def __init__(self, in_channels=3, ndf=64, n_layers=3, spectral=True):
         super().__init__()
+        self.spectral = spectral
         widths = [in_channels] + [ndf * min(2 ** i, 8) for i in range(n_layers + 1)] + [1]
         self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, 4, stride=2 if i < n_layers else 1, padding=1)
                                    for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])))
@@ -411,8 +416,8 @@ class PatchDiscriminator(nn.Module):
         h = x
         for i, conv in enumerate(self.convs):
             h = F.leaky_relu(h, 0.2) if i else h
-            with torch.autocast(x.device.type, enabled=False):
-                weight = conv.weight                            # W/σ(W), its power iteration in fp32
+            with torch.autocast(x.device.type, enabled=False):  # W/σ(W), its power iteration in fp32
+                weight = conv.weight if self.spectral else conv.parametrizations.weight.original
             h = F.conv2d(h, weight, conv.bias, conv.stride, conv.padding)
         return h.to(x.dtype)
 
@@ -956,8 +961,8 @@ def last_layer_gradient(conv, h, image_gradient):
 
 
 def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual_weight=1.0, kl_weight=1e-6,
-                   disc_weight=0.5, adaptive=True, logvar=None, generator=None, amp=contextlib.nullcontext,
-                   loss_scale=1.0):
+                   disc_weight=0.5, adaptive=True, texture=None, logvar=None, generator=None,
+                   amp=contextlib.nullcontext, loss_scale=1.0):
     """Accumulate the autoencoder's gradient of L_G, which is latent-diffusion's loss divided by N = 3·H·W.
 
     Cut at x̂: each loss is differentiated once, down to the image; both image gradients go through the last
@@ -965,7 +970,8 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
     this equals two autograd.grad calls at the last layer and a backward of the total loss.
     x: (B, 3, H, W) in [-1, 1]. vae: may be wrapped in DistributedDataParallel; disc, perceptual: may not. An
     encoder whose weights require no gradient costs no backward pass.
-    disc_weight: w(t)·disc_weight; 0 leaves D out. logvar: 0-d parameter s, for L_rec/exp(s) + s in place of
+    disc_weight: w(t)·disc_weight; 0 leaves D out. texture: (x, x_hat) -> scalar, a loss that takes the place
+    of -E[D(x̂)]. logvar: 0-d parameter s, for L_rec/exp(s) + s in place of
     L_rec; its gradient is not averaged over ranks. amp(): the networks' autocast context. loss_scale: factor
     of all gradients (fp16's scale, 1/accumulate). -> x_hat, detached, and 0-d tensors under log.jsonl's
     names, means of the batch before weighting. D's own gradients are not touched.
@@ -992,7 +998,7 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
     # λ = ‖J g_rec‖ / (‖J g_adv‖ + ε), where J leads from the image to the last layer's weight
     if disc_weight > 0:
         with amp():
-            g_loss = hinge_g_loss(disc(leaf))
+            g_loss = texture(x, leaf) if texture else hinge_g_loss(disc(leaf))
         g_adv, = torch.autograd.grad(loss_scale * g_loss, leaf)
         J = [last_layer_gradient(conv_out, inputs[0], image_gradient / loss_scale)
              for image_gradient in (g, g_adv)]                  # (3, ch, 3, 3) each
@@ -1014,19 +1020,23 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
     return x_hat.detach(), {name: value.detach() for name, value in terms.items()}
 
 
-def discriminator_step(disc, x, x_hat, *, r1=0.0, amp=contextlib.nullcontext, loss_scale=1.0):
+def discriminator_step(disc, x, x_hat, *, loss=hinge_d_loss, r1=0.0, penalty=None,
+                       amp=contextlib.nullcontext, loss_scale=1.0):
     """Accumulate D's gradient of L_D on the images that generator_step has just seen and made.
 
-    Both go through D as one batch: there are no batch statistics. x, x_hat: (B, 3, H, W). r1: γ, 0 for none,
-    else the step runs in fp32. -> 0-d tensors under log.jsonl's names. The autoencoder gets no gradient.
+    Both go through D as one batch: there are no batch statistics. x, x_hat: (B, 3, H, W). loss: of the logits
+    of real and of fake images. r1: γ, 0 for none, else the step runs in fp32. penalty: (x, x_hat) -> scalar
+    with a graph to D's weights, in fp32. -> 0-d tensors under log.jsonl's names. The autoencoder gets no
+    gradient.
     Needs: hinge_d_loss, r1_penalty.
     """
     # L_D = ½ E[max(0, 1 - D(x))] + ½ E[max(0, 1 + D(x̂))] + γ/2 E‖∇D(x)‖²
     x = x.detach().requires_grad_(r1 > 0)
     with torch.autocast(x.device.type, enabled=False) if r1 else amp():
         real, fake = disc(torch.cat([x, x_hat.detach()])).chunk(2)                  # (B, 1, h, w) each
-    d_loss = hinge_d_loss(real, fake)
-    (loss_scale * (d_loss + (r1 / 2 * r1_penalty(real, x) if r1 else 0.0))).backward()
+    d_loss = loss(real, fake)
+    bound = r1 / 2 * r1_penalty(real, x) if r1 else 0.0
+    (loss_scale * (d_loss + bound + (penalty(x, x_hat) if penalty else 0.0))).backward()
     d_acc = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     terms = dict(d_loss=d_loss, logits_real=real.mean(), logits_fake=fake.mean(), d_acc=d_acc)
     return {name: value.detach() for name, value in terms.items()}
@@ -1050,6 +1060,10 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.vae = vae = autoencoder(cfg).to(**place)
         self.disc = PatchDiscriminator(3, cfg.ndf).to(**place)
+        self.noise = torch.Generator(device)
+        self.d_loss, self.penalty, self.texture = hinge_d_loss, None, None
+        if cfg.gan != "hinge":
+            take_road(self, cfg.gan)
         self.scale = nn.ParameterDict(dict(logvar=torch.zeros((), device=device)) if cfg.learn_logvar else {})
         if cfg.init:
             vae.load_state_dict(released(cfg.init)[0])
@@ -1071,7 +1085,6 @@ class Trainer:
         low = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[self.precision]
         self.amp = functools.partial(torch.autocast, device.type, low, enabled=low is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.noise = torch.Generator(device)
         self.parallel = [DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
                          for net in (vae, self.disc)]
         self.parts = dict(vae=vae, discriminator=self.disc, scale=self.scale, optimiser=self.optimiser,
@@ -1087,14 +1100,14 @@ class Trainer:
         except Exception as error:                              # no compiler, or one that does not work
             return say(f"--compile: {str(error).strip().splitlines()[0]}; goes on without")
         self.vae.decoder.body = torch.compile(self.vae.decoder.body, dynamic=False)
-        disc = None if self.cfg.r1 else self.disc               # compiled code has no second derivative
+        disc = None if self.cfg.r1 or self.penalty else self.disc   # compiled code has no second derivative
         for net in filter(None, (self.vae.encoder, self.perceptual, disc)):
             net.compile(dynamic=False)
 
     def update(self, step, images):
         """One update from cfg.accumulate batches of `images`, (B, 3, H, W) uint8 -> the terms of each."""
         cfg, rows = self.cfg, []
-        train_disc = cfg.disc_weight > 0 and self.warm_up.trains_disc(step)
+        train_disc = cfg.disc_weight > 0 and self.d_loss is not None and self.warm_up.trains_disc(step)
         self.optimiser.zero_grad()
         self.optimiser_disc.zero_grad()
         loss_scale = self.scaler.scale(torch.ones((), device=self.device)) / cfg.accumulate
@@ -1106,18 +1119,22 @@ class Trainer:
             x_hat, terms = generator_step(
                 self.parallel[0], self.disc, x, perceptual=self.perceptual, pixel_loss=cfg.pixel_loss,
                 perceptual_weight=cfg.perceptual_weight, kl_weight=cfg.kl_weight, adaptive=cfg.adaptive,
-                disc_weight=self.warm_up.weight(step) * cfg.disc_weight, logvar=self.scale.get("logvar"),
-                generator=self.noise, amp=self.amp, loss_scale=loss_scale)
+                disc_weight=self.warm_up.weight(step) * cfg.disc_weight, texture=self.texture,
+                logvar=self.scale.get("logvar"), generator=self.noise, amp=self.amp, loss_scale=loss_scale)
             if train_disc:
                 r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0     # lazy: Karras et al. 2020, §3.1
-                terms |= discriminator_step(self.parallel[1], x, x_hat, r1=r1, amp=self.amp,
-                                            loss_scale=loss_scale)
+                terms |= self.train_disc(x, x_hat, r1=r1, loss_scale=loss_scale)
             if (step + 1) % self.look_every == 0:
                 terms |= self.look(step, x, x_hat)
             rows.append(terms)
         self.optimise(step, train_disc, terms)
         self.step, self.drawn = step + 1, self.drawn + self.images_an_update
         return rows
+
+    def train_disc(self, x, x_hat, **more):
+        """D's step, with the losses of this run -> terms."""
+        return discriminator_step(self.parallel[1], x, x_hat, loss=self.d_loss, penalty=self.penalty,
+                                  amp=self.amp, **more)
 
     def look(self, step, x, x_hat):
         """The monitor's look -> terms; every fifty steps with the decoder's slope, which costs three forwards
@@ -1219,11 +1236,12 @@ class Trainer:
         self.best = best                                        # best.pt is still there
 
 
-def train(cfg):
+def train(cfg, road=""):
     """Train as `cfg` says, alone or as one of torchrun's processes, and continue the run that cfg.out holds.
 
-    -> the Trainer. Writes config.json, log.jsonl, samples/, last.pt, previous.pt, best.pt, healthy.pt and,
-    where that is installed, tensorboard/. Raises UsageError before anything is changed, or when too many
+    -> the Trainer. road: what no flag can change, see take_road; it must be given again to go on. Writes
+    config.json, log.jsonl, samples/, last.pt, previous.pt, best.pt, healthy.pt and, where that is installed,
+    tensorboard/. Raises UsageError before anything is changed, or when too many
     images have turned out bad; CollapseError after it has saved what shows it; RunError where a file cannot
     be written; KeyboardInterrupt(number of the signal, text) after it has saved the run.
     Needs: all of the file.
@@ -1235,6 +1253,8 @@ def train(cfg):
     say = tqdm.write if rank == 0 else lambda line: None
     train_set, val_set = open_data(cfg)
     trainer = Trainer(cfg, device, rank, world)
+    if road:
+        take_road(trainer, road)
     trainer.compile(say)
     millions = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.vae, trainer.disc)]
     say(f"{world} × {device.type}, {trainer.precision}; {millions[0]:.1f} M parameters, D {millions[1]:.1f} "
@@ -1300,6 +1320,7 @@ def loop(trainer, images, train_set, few, shown, out, board, say, bar, signals):
             return collapse(error, trainer, out, shown[:4], say)                # raises it, or rolls back
         if error and "collapse" not in warned:
             say(f"warning: {error}")
+            trainer.events.append(str(error).splitlines()[0])
             warned.add("collapse")
         alarm = [sign for sign, since in monitor.since.items()  # what has been so for long is no alarm
                  if sign in monitor.DAMAGE or sign in monitor.CAUSE and done - since < monitor.memory]
@@ -1471,14 +1492,18 @@ def outlive_signals(worker):
     Signals(rank=1, world=2).__enter__()
 
 
+def flag_words(name, value):
+    """A field of Config as the words of a command line. Needs: flag_of."""
+    values = [] if value is True else value if isinstance(value, tuple) else [value]
+    return [flag_of("no_" + name)] if value is False else [flag_of(name), *map(str, values)]
+
+
 def command_line(cfg):
-    """The command that goes on with this run; --init counted at its start. Needs: Config, flag_of."""
+    """The command that goes on with this run; --init counted at its start. Needs: Config, flag_words."""
     usual, words = Config.of(cfg.preset), []
     for f in fields(cfg):
-        value, flag = getattr(cfg, f.name), flag_of(f.name)
-        if value != getattr(usual, f.name) and f.name not in ("resume", "init"):
-            values = [] if value is True else value if isinstance(value, tuple) else [value]
-            words += [flag.replace("--", "--no-", 1)] if value is False else [flag, *map(str, values)]
+        if getattr(cfg, f.name) != getattr(usual, f.name) and f.name not in ("resume", "init"):
+            words += flag_words(f.name, getattr(cfg, f.name))
     ranks = os.environ.get("LOCAL_WORLD_SIZE")                  # set by torchrun
     program = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
     script = sys.argv[0] if os.path.basename(sys.argv[0]) == "vaegan.py" else "vaegan.py"
@@ -2150,7 +2175,7 @@ def bench(cfg):
     if cfg.disc_weight:
         row("D, for the decoder", stage(lambda: hinge_g_loss(disc(x_hat)), [x_hat]))
         row("λ", lambda: [last_layer_gradient(vae.decoder.conv_out, h, g).norm() for g in (x, x)])
-        row("D, its own step", lambda: discriminator_step(disc, x, x_hat, amp=amp))
+        row("D, its own step", lambda: trainer.train_disc(x, x_hat))
     row("optimisers, average", lambda: trainer.optimise(1, cfg.disc_weight > 0, {}))
     row("monitor, for 50 steps", watch)
     with contextlib.closing(batches(trainer, train_set)) as loader:
@@ -2159,6 +2184,315 @@ def bench(cfg):
         seconds["loader"] = measure(lambda: next(loader), device)[0]
     print("\nimages/s: " + ", ".join(f"{name} {cfg.batch_size / seconds[name]:.4g}" for name in (
         "update", "update before the GAN", "loader")) + f" with --workers {cfg.workers}")
+
+
+# ---- Roads not taken: other losses in the hinge GAN's place, by their definitions; ablate compares them.
+
+
+def non_saturating_d_loss(logits_real, logits_fake):
+    """½ E[softplus(-D(x))] + ½ E[softplus(D(x̂))]: ln 2 if D tells nothing apart, 0 if it has won.
+
+    Source: Goodfellow et al. 2014, eq. 1, as softplus(-a) is -log sigmoid(a); ½ as for the hinge. Logits of
+    any shape -> their mean. Needs: nothing.
+    """
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+def non_saturating_g_loss(logits_fake):
+    """E[softplus(-D(x̂))], whose gradient stays where D has won. Logits of any shape -> scalar.
+
+    Source: Goodfellow et al. 2014, §3. Needs: nothing.
+    """
+    return F.softplus(-logits_fake).mean()
+
+
+def wasserstein_d_loss(logits_real, logits_fake):
+    """E[D(x̂)] - E[D(x)], to be used with gradient_penalty; the decoder's loss is hinge_g_loss.
+
+    Source: Gulrajani et al. 2017, eq. 3. Logits of any shape -> scalar. Needs: nothing.
+    """
+    return logits_fake.mean() - logits_real.mean()
+
+
+def gradient_penalty(disc, x, x_hat, generator=None):
+    """E(‖∇D(x̃)‖ - 1)² at random points x̃ between x and x̂, D(x̃) being an image's mean logit. L_D gets ten
+    times as much.
+
+    Source: Gulrajani et al. 2017, eq. 3. x, x_hat: (B, 3, H, W) -> scalar with a graph to D's weights. D must
+    have no batch statistics. Needs: nothing.
+    """
+    u = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+    between = (u * x + (1 - u) * x_hat).detach().requires_grad_()
+    value = disc(between).reshape(len(x), -1).mean(1)
+    gradient, = torch.autograd.grad(value.sum(), between, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).pow(2).mean()
+
+
+def focal_frequency_loss(x, x_hat, alpha=1.0):
+    """Mean over frequencies of w·|F(x) - F(x̂)|², F the orthonormal 2-D Fourier transform of a channel, w =
+    |F(x) - F(x̂)|^alpha over its maximum, a constant: what is worst reconstructed counts most.
+
+    Source: Jiang et al. 2021, eq. 8 and 9. x, x_hat: (B, C, H, W) -> (B,). Needs: nothing.
+    """
+    square = torch.view_as_real(torch.fft.fft2(x - x_hat, norm="ortho")).pow(2).sum(-1)     # (B, C, H, W)
+    w = square.detach() ** (alpha / 2)
+    w = w / w.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    return (w * square).mean(dim=(1, 2, 3))
+
+
+def gram_loss(features, features_hat):
+    """Σ over layers of ‖G - Ĝ‖², G = f·fᵀ/(h·w) for features f, (B, C, h·w): which features come together,
+    wherever they are.
+
+    Source: Gatys et al. 2016, eq. 3 to 5, as means over positions. Lists of (B, C, h, w), as of
+    Perceptual.features -> (B,). Needs: nothing.
+    """
+    gram = lambda f: f.flatten(2) @ f.flatten(2).transpose(1, 2) / f[0, 0].numel()          # (B, C, C)
+    return sum((gram(f) - gram(f_hat)).pow(2).sum(dim=(1, 2)) for f, f_hat in zip(features, features_hat))
+
+
+def sobel_loss(x, x_hat):
+    """Mean |S(x) - S(x̂)| over Sobel's horizontal and vertical derivative, a step of 1 giving 1.
+
+    Source: Sobel & Feldman 1968. x, x_hat: (B, C, H, W) -> (B,). Needs: nothing.
+    """
+    smooth, slope = x.new_tensor([1.0, 2.0, 1.0]) / 4, x.new_tensor([-1.0, 0.0, 1.0]) / 2
+    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]    # (2, 1, 3, 3)
+    difference = (x - x_hat).flatten(0, 1)[:, None]                                     # (B·C, 1, H, W)
+    return F.conv2d(difference, kernels).abs().unflatten(0, x.shape[:2]).mean(dim=(1, 2, 3, 4))
+
+
+def take_road(trainer, road):
+    """Let a Trainer train otherwise than with the hinge GAN, on a road of `variants` or a --gan.
+
+    Needs: non_saturating_d_loss, non_saturating_g_loss, wasserstein_d_loss, gradient_penalty,
+    focal_frequency_loss, gram_loss, sobel_loss.
+    """
+    disc, perceptual = trainer.disc, trainer.perceptual
+    if road in ("no-spectral-norm", "wgan-gp"):                 # there the penalty alone bounds D's slope
+        disc.spectral = False
+    if road == "wgan-gp":                                       # 10: Gulrajani et al. 2017, §4
+        trainer.d_loss = wasserstein_d_loss
+        trainer.penalty = lambda x, x_hat: 10 * gradient_penalty(disc, x, x_hat, trainer.noise)
+    if road == "ns":
+        trainer.d_loss = non_saturating_d_loss
+        trainer.texture = lambda x, x_hat: non_saturating_g_loss(disc(x_hat))
+    if road in ("focal", "gram", "sobel"):                      # in the place of the GAN, so without D
+        gram = lambda x, x_hat: gram_loss(perceptual.features(x), perceptual.features(x_hat))
+        loss = dict(focal=focal_frequency_loss, gram=gram, sobel=sobel_loss)[road]
+        trainer.d_loss, trainer.texture = None, lambda x, x_hat: loss(x, x_hat).mean()
+
+
+def variants():
+    """{group: {name: (flags beside the full recipe's, road)}}: what `ablate` compares. Needs: nothing."""
+    no_gan, no_lpips, free = dict(disc_weight=0.0), dict(perceptual_weight=0.0), dict(adaptive=False)
+    full, cold = ({}, ""), dict(disc_start=0, disc_lead=0, disc_ramp=0)
+    return {
+        "what each loss buys": {
+            "l2": (no_gan | no_lpips | dict(pixel_loss="l2"), ""), "l1": (no_gan | no_lpips, ""),
+            "l1+lpips": (no_gan, ""), "full": full},
+        "other ways to texture, in the GAN's place": {
+            "full": full, "ns": (dict(gan="ns"), ""), "wgan-gp": (dict(gan="wgan-gp"), ""),
+            "focal": ({}, "focal"), "gram": ({}, "gram"), "sobel": ({}, "sobel")},
+        "what keeps it stable": {
+            "full": full, "no-warm-up": (cold, ""), "no-lambda-1": (free | dict(disc_weight=1.0), ""),
+            "no-lambda-10": (free | dict(disc_weight=10.0), ""),
+            "neither-1": (cold | free | dict(disc_weight=1.0), ""),
+            "neither-10": (cold | free | dict(disc_weight=10.0), ""),
+            "no-spectral-norm": ({}, "no-spectral-norm"), "no-clip": (dict(clip=0.0), ""),
+            "no-lpips": (no_lpips, ""), "r1": (dict(r1=10.0), ""),
+            "no-ramp": (dict(disc_lead=0, disc_ramp=0), "")}}
+
+
+def telling(images):
+    """Of images, (n, 3, H, W): the indices of one that is steep all over, one that is so in few places, and
+    the flattest: texture, edges, smooth. Needs: nothing."""
+    grey = images.mean(1)                                       # (n, H, W)
+    slope = torch.hypot(grey.diff(dim=1)[:, :, 1:], grey.diff(dim=2)[:, 1:]).flatten(1)
+    mean, median = slope.mean(1), slope.median(1).values        # (n,)
+    return [int(measure.argmax()) for measure in (median, mean - median, -mean)]
+
+
+def measure_run(trainer, dataset, judge, folder):
+    """A run that has ended, for ablate -> dict of numbers, None where there is nothing to measure, and of the
+    first collapse, in words; writes crops.png: three images above their reconstructions.
+
+    Needs: all of the file.
+    """
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = [re.search(r"collapse at step (\d+): (\w+)", record.get("event", "")) for record in records]
+    last = [record for record in records if record["step"] > trainer.step - 200]
+
+    def of(summary, key, records=records):
+        values = [record[key] for record in records if key in record]
+        return summary(values) if values else None
+
+    images = to_model(torch.stack([dataset[i] for i in range(len(dataset))]), trainer.device)
+    save_pairs(trainer.average, images[telling(images)], folder / "crops.png")
+    measured = evaluate(trainer.average, dataset, trainer.device, judge)
+    x, disc_ms = images[:trainer.cfg.batch_size], None
+    if trainer.cfg.disc_weight and trainer.d_loss:
+        x_hat = trainer.average(x)[0].detach()
+        disc_ms = 1e3 * measure(lambda: trainer.train_disc(x, x_hat), trainer.device, patience=1.0)[0]
+    return dict(
+        {key: measured.get(key) for key in ("psnr", "ssim", "lpips", "sharpness", "kl_dim")},
+        grad_norm_dec=of(statistics.median, "grad_norm_dec"), grad_norm_dec_max=of(max, "grad_norm_dec"),
+        grad_ratio_max=of(max, "grad_ratio"), other_z=of(statistics.median, "other_z", last),
+        lipschitz=of(statistics.median, "lipschitz", last), disc_ms=disc_ms,
+        steps_per_s=of(statistics.median, "images_per_s") / trainer.images_an_update,
+        collapsed=next((f"{match[2]} at {match[1]}" for match in found if match), ""))
+
+
+def ablation_table(done):
+    """The content of ablation.json as Markdown: two tables, mean ± standard deviation (n - 1) over seeds.
+
+    Needs: variants, flag_words.
+    """
+    tables = (
+        dict(psnr=("PSNR, dB", ".1f"), ssim=("SSIM", ".3f"), lpips=("LPIPS ↓", ".3f"),
+             sharpness=("sharpness, x̂ / x", ".3f"), kl_dim=("KL a dimension", ".2f"), flags=("flags", "")),
+        dict(grad_norm_dec=("‖∇dec‖, median", ".2f"), grad_norm_dec_max=("largest", ".1f"),
+             grad_ratio_max=("largest ∇adv/∇rec", ".2f"), other_z=("error, other z / own", ".2f"),
+             lipschitz=("decoder's slope", ".2f"), steps_per_s=("steps/s", ".1f"),
+             disc_ms=("D's step, ms", ".1f"), collapsed=("collapsed: sign and step", "")))
+
+    def cell(rows, flags, key, digits):
+        if key == "flags":
+            words = " ".join(word for item in flags.items() for word in flag_words(*item))
+            return f"`{words}`" if words else ""
+        values = [row[key] for row in rows if row.get(key) not in (None, "")]
+        if key == "collapsed":
+            return f"{len(values)} of {len(rows)}" + ": " * bool(values) + ", ".join(values)
+        spread = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{digits}}{spread}" if values else "–"
+
+    lines = [done["about"]]
+    for columns in tables:
+        lines += ["", "| | " + " | ".join(header for header, _ in columns.values()) + " |",
+                  "|---" * (len(columns) + 1) + "|"]
+        for group, members in variants().items():
+            there = [name for name in members if name in done["rows"]]
+            lines += [f"| **{group}** |" + " |" * len(columns)] if there else []
+            for name in there:
+                rows, flags = done["rows"][name].values(), members[name][0]
+                cells = [cell(rows, flags, key, digits) for key, (_, digits) in columns.items()]
+                lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def save_ablation(done, out):
+    """ablation.png: for each group of variants, the three images of crops.png and their reconstructions, of
+    the first seed. Needs: variants, write_whole, the package pillow."""
+    files = {name: out / f"{name}-{[*seeds][0]}" / "crops.png" for name, seeds in done["rows"].items()}
+    pairs = {name: Image.open(file) for name, file in files.items() if file.exists()}
+    bands = [[name for name in members if name in pairs] for members in variants().values()]
+    bands = [["original"] + names for names in bands if names]
+    if not bands:                                               # all ended before there was one
+        return
+    size = [*pairs.values()][0].height // 2
+    side, left, head = size * max(1, 128 // size), 60, 20
+    height = head + 3 * side
+    picture = Image.new("RGB", (left + side * max(map(len, bands)), height * len(bands)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for top, names in zip(itertools.count(0, height), bands):
+        for i, kind in enumerate(("texture", "edges", "smooth")):
+            y = top + head + i * side
+            draw.text((4, y + side // 2), kind, "black", font)
+            for x, name in zip(itertools.count(left, side), names):
+                draw.text((x + 4, top + 2), name, "black", font)
+                row = 0 if name == "original" else size
+                crop = pairs.get(name, pairs[names[1]]).crop((i * size, row, (i + 1) * size, row + size))
+                picture.paste(crop.resize((side, side), Image.Resampling.NEAREST), (x, y))
+    write_whole(out / "ablation.png", functools.partial(picture.save, format="PNG"))
+
+
+def ablation_config(cfg):
+    """The flags of ablate, checked, with a step for --disc-start. Needs: UsageError, flag_of."""
+    start, out = cfg.steps // 3 if cfg.disc_start == "plateau" else cfg.disc_start, Path(cfg.out)
+    for refused, what, way_out in (
+            (not 0 < start < cfg.steps, f"--disc-start {start}", "there the common warm-up ends; take a step "
+             f"from 1 to {cfg.steps - 1}"),
+            (cfg.disc_weight == 0, "--disc-weight 0", "there are variants without GAN; leave it out"),
+            (cfg.on_collapse != "warn", f"--on-collapse {cfg.on_collapse}", "all are to end; leave it out"),
+            (not cfg.resume, "--no-resume", "take another --out to start anew"),
+            (int(os.environ.get("WORLD_SIZE", 1)) > 1, "torchrun", "start it with python")):
+        if refused:
+            raise UsageError(f"ablate {what}: {way_out}")
+    cfg = replace(cfg, disc_start=start, sample_every=cfg.steps)
+    if (out / "ablation.json").exists():
+        was, now = json.loads((out / "ablation.json").read_text())["config"], asdict(cfg)
+        for name in now.keys() - {"out", "seed", "workers"}:
+            was[name] = tuple(was[name]) if name == "ch_mult" else was.get(name)
+            if was[name] != now[name]:
+                raise UsageError(f"{flag_of(name)} {now[name]}: {out} was begun with {was[name]}; take "
+                                 "that or another --out")
+    return cfg
+
+
+def write_ablation(cfg, about, names):
+    """ablation.json, .md and .png of what has been measured below --out, by this call or by others.
+
+    Needs: ablation_table, save_ablation, save_json, write_whole.
+    """
+    out = Path(cfg.out)
+    found = [(*file.parent.name.rpartition("-")[::2], json.loads(file.read_text()))
+             for file in sorted(out.glob("*/row.json"))]
+    rows = {name: {seed: row for its, seed, row in found if its == name} for name in names}
+    done = dict(about=about, config=asdict(cfg), rows={name: rows[name] for name in rows if rows[name]})
+    save_json(done, out / "ablation.json")
+    write_whole(out / "ablation.md", lambda file: file.write(ablation_table(done).encode()))
+    save_ablation(done, out)
+
+
+def ablate(cfg, only=(), seeds=()):
+    """`python vaegan.py ablate`: train each variant on from a common warm-up, measure it on held-out images,
+    compare them in ablation.json, .md and .png. Each is a run of `train` in a folder below --out.
+
+    The same command again continues, other --only and --seeds add to it. Needs: all of the file.
+    """
+    cfg, out = ablation_config(cfg), Path(cfg.out)
+    changes = {name: change for group in variants().values() for name, change in group.items()
+               if cfg.perceptual_weight or name not in ("l1+lpips", "no-lpips", "gram")}
+    for name in only:
+        if name not in changes:
+            raise UsageError(f"--only {name}: choose from {', '.join(changes)}")
+    device, held_out = launch(cfg)[0], open_data(cfg)[1]
+    held_out = torch.utils.data.Subset(held_out, range(0, len(held_out), -(-len(held_out) // 256)))
+    net = "squeeze" if cfg.perceptual_net == "alex" else "alex"     # no judge in its own cause
+    try:
+        judge = Perceptual(net).to(device)
+    except UsageError as error:
+        judge = print(f"goes on without measuring LPIPS: {error}")
+    on = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    data = Path(cfg.data).resolve().name if cfg.data else "dead leaves"
+    about = (f"Preset {cfg.preset}, ch {cfg.ch}, {cfg.image_size} px, batch {cfg.batch_size}; {cfg.steps} "
+             f"steps, {cfg.disc_start} of them a common warm-up. {data}, {len(held_out)} held out. LPIPS: "
+             f"{cfg.perceptual_net} in training, {net} here. {device.type}, {on}, torch {torch.__version__}.")
+
+    common = replace(cfg, steps=cfg.disc_start, disc_weight=0.0)
+    for seed, name in itertools.product(seeds or [cfg.seed], only or changes):
+        folder, warm_up, (flags, road) = out / f"{name}-{seed}", out / f"warm-up-{seed}", changes[name]
+        if (folder / "row.json").exists():
+            continue
+        run = replace(cfg, out=str(folder), seed=seed, **flags)
+        print(f"\n{name}, seed {seed}")
+        try:
+            if run.disc_start and not saves(folder):            # no cold start, and not begun yet
+                if not saves(warm_up) or load(warm_up / "last.pt")["step"] < cfg.disc_start:
+                    train(replace(common, out=str(warm_up), seed=seed))
+                make_folder("--out", folder)
+                second_name(warm_up / "last.pt", folder / "last.pt")
+            row = measure_run(train(run, road), held_out, judge, folder)
+        except CollapseError as error:                          # not finite: there is nothing to measure
+            row = dict(collapsed=f"{error.sign} at {error.step}, stopped")
+        except KeyboardInterrupt as error:
+            number = error.args[0] if error.args else signal.SIGINT
+            raise KeyboardInterrupt(number, f"interrupted; {out} holds what is done; the same command goes "
+                                    "on from there") from None
+        save_json(row, folder / "row.json")
+        write_ablation(cfg, about, changes)
+    write_ablation(cfg, about, changes)
+    print(f"\n{(out / 'ablation.md').read_text()}\n{out}: ablation.md, ablation.json, ablation.png")
 
 
 # ---- The command line.
@@ -2252,7 +2586,7 @@ def encode_command(checkpoint, data, out, image_size, batch_size, workers, devic
 
 
 def parse(argv):
-    """Command line -> dict of its flags; for train and bench only of those typed. Raises UsageError."""
+    """Command line -> dict of its flags; for train, ablate, bench only of those typed. Raises UsageError."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UsageError(f"{message}; see {self.prog} --help")
@@ -2261,9 +2595,14 @@ def parse(argv):
                 formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32))
     parser = Parser(prog="vaegan.py", description=__doc__.splitlines()[0], **look)
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="train|eval|export|encode|bench")
+                                     metavar="train|eval|export|encode|ablate|bench")
     texts = dict(train=("train on a folder of images, or continue", "Train on a folder of images; the same "
                         "command again continues. Flags go over the preset's values."),
+                 ablate=("compare losses and safeguards, by training without each", "Train variants of the "
+                         "recipe on from a common warm-up, measure them on held-out images, and compare them "
+                         "in --out: ablation.md, ablation.png, ablation.json. The same command again "
+                         "continues. The flags are those of train, LPIPS on in any preset (weight 1), "
+                         "--log-every 1; --disc-start, where the warm-up ends, is a third of --steps."),
                  bench=("what an update of train costs", "Time, arithmetic and memory of an update and its "
                         "stages, to choose --batch-size by. The flags are those of train."))
     for command, (help, description) in texts.items():
@@ -2277,6 +2616,12 @@ def parse(argv):
                 metavar={int: "N", float: "N", str: None if meta["choices"] else "PATH"}.get(meta["parse"]))
             groups[meta["group"]].add_argument(flag_of(f.name), default=argparse.SUPPRESS, help=meta["help"],
                                                **kind)
+        if command == "ablate":
+            names = dict.fromkeys(name for group in variants().values() for name in group)
+            sub.add_argument("--only", nargs="+", default=(), metavar="NAME",
+                             help=f"these variants alone, of: {', '.join(names)}")
+            sub.add_argument("--seeds", nargs="+", type=int, default=(), metavar="N",
+                             help="one run of each variant for each of these (default: --seed)")
     texts = dict(
         eval=("measure an autoencoder on a folder of images", "Measure PSNR, SSIM, LPIPS, sharpness and KL "
               "of reconstructed centre crops, and the statistics of their latents."),
@@ -2327,7 +2672,13 @@ def main(argv=None):
             preset, other = ("sd", "tiny") if gpu else ("tiny", "sd")
             if is_main:
                 print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes that one")
-        (train if command == "train" else bench)(Config.of(preset, **flags))
+        if command == "ablate":
+            which = flags.pop("only"), flags.pop("seeds")
+            flags = dict(perceptual_weight=1.0, log_every=1, on_collapse="warn") | flags
+            cfg = Config.of(preset, **flags)
+            ablate(cfg if "out" in flags else replace(cfg, out=cfg.out + "-ablation"), *which)
+        else:
+            (train if command == "train" else bench)(Config.of(preset, **flags))
         return 0
     except UsageError as error:
         status, line = 2, error
