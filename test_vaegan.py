@@ -338,6 +338,20 @@ def test_adaptive_weight_is_the_ratio_of_norms_with_eps_and_a_bound():
     assert adaptive_weight(g_rec, torch.zeros(3), eps=1.0, max_weight=2.0).item() == 2.0
 
 
+def test_the_three_lines_of_adaptive_weights_docstring_give_the_gradient_of_the_step():
+    vae, disc = small_nets(torch.double)
+    disc.eval()                                                                 # no power iteration between the two
+    ours, x = copy.deepcopy(vae), images(dtype=torch.double)
+    lines = re.findall(r"^ {8}(\S.*)$", adaptive_weight.__doc__, re.M)
+    x_hat, _ = vae(x, generator=seeded(7))
+    names = dict(torch=torch, adaptive_weight=adaptive_weight, W=vae.last_layer, x=x, rec_loss=(x - x_hat).abs().mean(), g_loss=-disc(x_hat).mean())
+    exec("\n".join(lines), names)
+    _, terms = generator_step(ours, disc, x, kl_weight=0.0, generator=seeded(7))
+    total = torch.cat([p.grad.flatten() for p in ours.parameters()]).norm()
+    assert len(lines) == 3 and abs(names["lam"] / terms["lam"] - 1) < 1e-6
+    assert all((p.grad - q.grad).norm() < 1e-5 * (p.grad.norm() + total) for p, q in zip(vae.parameters(), ours.parameters()))
+
+
 def test_r1_of_a_linear_critic_is_the_squared_norm_of_its_weight():
     a, x = torch.randn(3, 8, 8), images(5, 8).requires_grad_()
     assert math.isclose(r1_penalty((a * x).sum(dim=(1, 2, 3)), x).item(), a.pow(2).sum().item(), rel_tol=1e-5)
@@ -1739,14 +1753,14 @@ def test_variants_start_from_one_warm_up_and_cold_ones_from_nothing(tmp_path, mo
 def test_the_ablations_table_has_the_numbers_of_its_json():
     random.seed(0)
     row = lambda: dict(psnr=random.uniform(10, 30), ssim=random.random(), lpips=random.random(), sharpness=random.random(), kl_dim=random.random(),
-                       grad_norm_dec=random.random(), grad_norm_dec_max=random.uniform(1, 100), grad_ratio_max=None, other_z=1.5, lipschitz=None,
+                       grad_norm_dec=random.random(), grad_norm_dec_max=random.uniform(1, 100), grad_ratio_max=None, d_acc=random.random(), other_z=1.5, lipschitz=None,
                        steps_per_s=random.uniform(1, 50), disc_ms=None, collapsed=random.choice(["", "rebound at 7"]))
     rows = {name: {str(seed): row() for seed in range(n)} for name, n in (("l1", 1), ("full", 3), ("no-lambda-10", 2))}
     rows["full"]["2"] = dict(collapsed="non_finite at 9, stopped")
     text = vaegan.ablation_table(dict(about="of this", config={}, rows=rows))
     assert text.startswith("of this\n") and "| no-lambda-10 |" in text and "| `--no-adaptive --disc-weight 10.0` |" in text
     columns = [["psnr", "ssim", "lpips", "sharpness", "kl_dim"],
-               ["grad_norm_dec", "grad_norm_dec_max", "grad_ratio_max", "other_z", "lipschitz", "steps_per_s", "disc_ms"]]
+               ["grad_norm_dec", "grad_norm_dec_max", "grad_ratio_max", "d_acc", "other_z", "lipschitz", "steps_per_s", "disc_ms"]]
     seen = collections.Counter()
     for line in text.splitlines():
         name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -1908,7 +1922,7 @@ ALONE = {           # what to run with each class and function that is cut out
     "write_ablation": "write_ablation(vaegan.Config.of('tiny', out=folder), 'about', ['full']); assert (Path(folder) / 'ablation.md').exists()",
     "save_pairs": "save_pairs(vaegan.AutoencoderKL(ch=8, ch_mult=(1, 2)), torch.zeros(2, 3, 8, 8), Path(folder) / 'out.png')",
 }
-WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "bench", "measure_run", "ablate", "eval_command", "export_command", "encode_command", "parse", "main"}     # need everything, and say so
+WHOLE = {"Trainer", "train", "loop", "validate", "collapse", "bench", "measure_run", "measure_variant", "ablate", "eval_command", "export_command", "encode_command", "parse", "main"}     # need everything, and say so
 
 
 def test_every_definition_runs_when_cut_out_with_what_its_docstring_names(tmp_path):

@@ -3,6 +3,7 @@
     python vaegan.py train --data DIR                         a folder of images; again: continues
     torchrun --nproc-per-node 8 vaegan.py train --data DIR    the same on 8 GPUs
     python vaegan.py eval --checkpoint run/sd-DIR/best.pt --data DIR
+    python vaegan.py ablate --data DIR                        what each loss and safeguard is worth
 
 For images x in [-1, 1] of N = 3·H·W values, with z ~ q(z|x) = N(mean, std²) and x̂ = decode(z):
 
@@ -17,7 +18,7 @@ values of an image, here they are means. So kl_weight, disc_weight and ε keep t
 λ does not grow with the image, and a gradient norm of 1 means the same at every size.
 
 Sections: configuration, autoencoder, discriminator, losses, collapse, data, step and loop, plumbing,
-measures, command line.
+measures, what an update costs, roads not taken, command line.
 Every class and function runs when cut out with what its docstring names under "Needs:".
 """
 
@@ -441,9 +442,15 @@ def hinge_g_loss(logits_fake):
 def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=1e4):
     """λ = ‖g_rec‖ / (‖g_adv‖ + ε), at most max_weight: with λ·g_adv both gradients are equally strong.
 
-    Source: Esser et al. 2021, eq. 7. ε and the bound are latent-diffusion's, whose loss is a sum over the N
-    values of an image; where it is a mean, as in generator_step, ε must be 1e-4/N. g_rec, g_adv: gradients of
-    one shape, at the decoder's last layer -> scalar without a graph. Needs: nothing.
+    In a loop of your own, with W the weight of the decoder's last layer and g_loss = -D(x_hat).mean():
+
+        g_rec, g_adv = (torch.autograd.grad(loss, W, retain_graph=True)[0] for loss in (rec_loss, g_loss))
+        lam = adaptive_weight(g_rec, g_adv, eps=1e-4 / x[0].numel())        # of losses that are means
+        (rec_loss + 0.5 * lam * g_loss).backward()
+
+    generator_step does the same with one backward pass. Source: Esser et al. 2021, eq. 7. ε and the bound are
+    latent-diffusion's, whose loss is a sum over the N values of an image; for a mean ε is 1e-4/N. g_rec,
+    g_adv: gradients of one shape -> scalar without a graph. Needs: nothing.
     """
     return (g_rec.norm() / (g_adv.norm() + eps)).clamp(max=max_weight).detach()
 
@@ -1617,7 +1624,7 @@ def claimed(out):
     Not flock, which a loader's process would inherit and keep for a while. Needs: UsageError, make_folder,
     writing.
     """
-    make_folder("--out", out / "samples")
+    make_folder("--out", out)
     try:
         import fcntl
     except ImportError:                                         # Windows
@@ -1675,6 +1682,7 @@ def open_folder(out, trainer, path):
     Needs: keep_records, save_json, second_name, writing.
     """
     with writing(out):
+        (out / "samples").mkdir(exist_ok=True)
         for left in [*out.glob("*.unfinished"), *out.glob("samples/*.unfinished")]:
             left.unlink()
         if path is None:
@@ -2337,8 +2345,8 @@ def measure_run(trainer, dataset, judge, folder):
     return dict(
         {key: measured.get(key) for key in ("psnr", "ssim", "lpips", "sharpness", "kl_dim")},
         grad_norm_dec=of(statistics.median, "grad_norm_dec"), grad_norm_dec_max=of(max, "grad_norm_dec"),
-        grad_ratio_max=of(max, "grad_ratio"), other_z=of(statistics.median, "other_z", last),
-        lipschitz=of(statistics.median, "lipschitz", last), disc_ms=disc_ms,
+        grad_ratio_max=of(max, "grad_ratio"), d_acc=of(statistics.median, "d_acc"), disc_ms=disc_ms,
+        other_z=of(statistics.median, "other_z", last), lipschitz=of(statistics.median, "lipschitz", last),
         steps_per_s=of(statistics.median, "images_per_s") / trainer.images_an_update,
         collapsed=next((f"{match[2]} at {match[1]}" for match in found if match), ""))
 
@@ -2352,9 +2360,10 @@ def ablation_table(done):
         dict(psnr=("PSNR, dB", ".1f"), ssim=("SSIM", ".3f"), lpips=("LPIPS ↓", ".3f"),
              sharpness=("sharpness, x̂ / x", ".3f"), kl_dim=("KL a dimension", ".2f"), flags=("flags", "")),
         dict(grad_norm_dec=("‖∇dec‖, median", ".2f"), grad_norm_dec_max=("largest", ".1f"),
-             grad_ratio_max=("largest ∇adv/∇rec", ".2f"), other_z=("error, other z / own", ".2f"),
-             lipschitz=("decoder's slope", ".2f"), steps_per_s=("steps/s", ".1f"),
-             disc_ms=("D's step, ms", ".1f"), collapsed=("collapsed: sign and step", "")))
+             grad_ratio_max=("largest ∇adv/∇rec", ".2f"), d_acc=("D right", ".2f"),
+             other_z=("error, other z / own", ".2f"), lipschitz=("decoder's slope", ".2f"),
+             steps_per_s=("steps/s", ".1f"), disc_ms=("D's step, ms", ".1f"),
+             collapsed=("collapsed: sign and step", "")))
 
     def cell(rows, flags, key, digits):
         if key == "flags":
@@ -2444,6 +2453,25 @@ def write_ablation(cfg, about, names):
     save_ablation(done, out)
 
 
+def measure_variant(cfg, name, seed, held_out, judge):
+    """Train a variant below cfg.out, from the common warm-up unless it starts cold -> its row of the table.
+
+    Needs: all of the file.
+    """
+    flags, road = next(group[name] for group in variants().values() if name in group)
+    folder, warm_up = Path(cfg.out, f"{name}-{seed}"), Path(cfg.out, f"warm-up-{seed}")
+    run = replace(cfg, out=str(folder), seed=seed, **flags)
+    if run.disc_start and not saves(folder):                    # no cold start, and not begun yet
+        if not saves(warm_up) or load(saves(warm_up)[0])["step"] < cfg.disc_start:
+            train(replace(cfg, out=str(warm_up), seed=seed, steps=cfg.disc_start, disc_weight=0.0))
+        make_folder("--out", folder)
+        second_name(warm_up / "last.pt", folder / "last.pt")
+    try:
+        return measure_run(train(run, road), held_out, judge, folder)
+    except CollapseError as error:                              # not finite: there is nothing to measure
+        return dict(collapsed=f"{error.sign} at {error.step}, stopped")
+
+
 def ablate(cfg, only=(), seeds=()):
     """`python vaegan.py ablate`: train each variant on from a common warm-up, measure it on held-out images,
     compare them in ablation.json, .md and .png. Each is a run of `train` in a folder below --out.
@@ -2451,14 +2479,17 @@ def ablate(cfg, only=(), seeds=()):
     The same command again continues, other --only and --seeds add to it. Needs: all of the file.
     """
     cfg, out = ablation_config(cfg), Path(cfg.out)
-    changes = {name: change for group in variants().values() for name, change in group.items()
-               if cfg.perceptual_weight or name not in ("l1+lpips", "no-lpips", "gram")}
+    names = dict.fromkeys(name for group in variants().values() for name in group
+                          if cfg.perceptual_weight or name not in ("l1+lpips", "no-lpips", "gram"))
     for name in only:
-        if name not in changes:
-            raise UsageError(f"--only {name}: choose from {', '.join(changes)}")
+        if name not in names:
+            raise UsageError(f"--only {name}: choose from {', '.join(names)}")
+    seeds = [replace(cfg, seed=seed).seed for seed in seeds or [cfg.seed]]      # checked
     device, held_out = launch(cfg)[0], open_data(cfg)[1]
     held_out = torch.utils.data.Subset(held_out, range(0, len(held_out), -(-len(held_out) // 256)))
-    net = "squeeze" if cfg.perceptual_net == "alex" else "alex"     # no judge in its own cause
+    if cfg.perceptual_weight:
+        Perceptual(cfg.perceptual_net)                          # if it cannot be had, this says so now
+    net = "squeeze" if cfg.perceptual_net == "alex" else "alex"             # no judge in its own cause
     try:
         judge = Perceptual(net).to(device)
     except UsageError as error:
@@ -2468,30 +2499,20 @@ def ablate(cfg, only=(), seeds=()):
     about = (f"Preset {cfg.preset}, ch {cfg.ch}, {cfg.image_size} px, batch {cfg.batch_size}; {cfg.steps} "
              f"steps, {cfg.disc_start} of them a common warm-up. {data}, {len(held_out)} held out. LPIPS: "
              f"{cfg.perceptual_net} in training, {net} here. {device.type}, {on}, torch {torch.__version__}.")
-
-    common = replace(cfg, steps=cfg.disc_start, disc_weight=0.0)
-    for seed, name in itertools.product(seeds or [cfg.seed], only or changes):
-        folder, warm_up, (flags, road) = out / f"{name}-{seed}", out / f"warm-up-{seed}", changes[name]
-        if (folder / "row.json").exists():
-            continue
-        run = replace(cfg, out=str(folder), seed=seed, **flags)
-        print(f"\n{name}, seed {seed}")
-        try:
-            if run.disc_start and not saves(folder):            # no cold start, and not begun yet
-                if not saves(warm_up) or load(warm_up / "last.pt")["step"] < cfg.disc_start:
-                    train(replace(common, out=str(warm_up), seed=seed))
-                make_folder("--out", folder)
-                second_name(warm_up / "last.pt", folder / "last.pt")
-            row = measure_run(train(run, road), held_out, judge, folder)
-        except CollapseError as error:                          # not finite: there is nothing to measure
-            row = dict(collapsed=f"{error.sign} at {error.step}, stopped")
-        except KeyboardInterrupt as error:
-            number = error.args[0] if error.args else signal.SIGINT
-            raise KeyboardInterrupt(number, f"interrupted; {out} holds what is done; the same command goes "
-                                    "on from there") from None
-        save_json(row, folder / "row.json")
-        write_ablation(cfg, about, changes)
-    write_ablation(cfg, about, changes)
+    with claimed(out):
+        for seed, name in itertools.product(seeds, only or names):
+            row = out / f"{name}-{seed}" / "row.json"
+            if row.exists():
+                continue
+            print(f"\n{name}, seed {seed}")
+            try:
+                save_json(measure_variant(cfg, name, seed, held_out, judge), row)
+            except KeyboardInterrupt as error:
+                number = error.args[0] if error.args else signal.SIGINT
+                raise KeyboardInterrupt(number, f"interrupted; {out} holds what is done; the same command "
+                                        "goes on from there") from None
+            write_ablation(cfg, about, names)
+        write_ablation(cfg, about, names)
     print(f"\n{(out / 'ablation.md').read_text()}\n{out}: ablation.md, ablation.json, ablation.png")
 
 
