@@ -1673,10 +1673,58 @@ def test_wgan_gp_trains_an_unbounded_d_on_the_wasserstein_loss_and_ten_times_the
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_variants_are_the_claims_each_by_the_flags_that_it_names():
+    off, cold, free = dict(disc_weight=0.0), dict(disc_start=0, disc_lead=0, disc_ramp=0), dict(adaptive=False)
+    assert [*vaegan.variants().values()] == [
+        {"l2": ({**off, "perceptual_weight": 0.0, "pixel_loss": "l2"}, ""), "l1": ({**off, "perceptual_weight": 0.0}, ""),
+         "l1+lpips": (off, ""), "full": ({}, "")},
+        {"full": ({}, ""), "ns": ({"gan": "ns"}, ""), "wgan-gp": ({"gan": "wgan-gp"}, ""), "focal": ({}, "focal"), "gram": ({}, "gram"),
+         "sobel": ({}, "sobel")},
+        {"full": ({}, ""), "no-warm-up": (cold, ""), "no-lambda-1": ({**free, "disc_weight": 1.0}, ""), "no-lambda-10": ({**free, "disc_weight": 10.0}, ""),
+         "neither-1": ({**cold, **free, "disc_weight": 1.0}, ""), "neither-10": ({**cold, **free, "disc_weight": 10.0}, ""),
+         "no-spectral-norm": ({}, "no-spectral-norm"), "no-clip": ({"clip": 0.0}, ""), "no-lpips": ({"perceptual_weight": 0.0}, ""), "r1": ({"r1": 10.0}, ""),
+         "no-ramp": ({"disc_lead": 0, "disc_ramp": 0}, "")}]
+
+
+def test_each_road_leads_to_the_loss_of_its_name():
+    x, x_hat = images(2, 64), images(2, 64, seed=2)
+
+    def on(road, **flags):
+        trainer = Trainer(tiny_config(**flags), torch.device("cpu"))
+        trainer.disc.eval()
+        trainer.perceptual = random_perceptual()
+        if road:
+            vaegan.take_road(trainer, road)
+        return trainer
+    for road, expected in dict(focal=vaegan.focal_frequency_loss, sobel=vaegan.sobel_loss).items():
+        assert torch.equal(on(road).texture(x, x_hat), expected(x, x_hat).mean()) and on(road).d_loss is None
+    net = on("gram").perceptual
+    assert torch.equal(on("gram").texture(x, x_hat), vaegan.gram_loss(net.features(x), net.features(x_hat)).mean())
+    ns = on("", gan="ns")
+    assert torch.allclose(ns.texture(x, x_hat), F.softplus(-ns.disc(x_hat)).mean()) and ns.d_loss is vaegan.non_saturating_d_loss
+    hinge = on("no-spectral-norm")
+    assert hinge.texture is None and hinge.d_loss is hinge_d_loss and hinge.penalty is None
+
+
+def test_a_penalty_of_d_is_scaled_as_its_loss_and_keeps_d_from_being_compiled(monkeypatch):
+    grads = []
+    for scale in (1.0, 8.0):
+        trainer = Trainer(tiny_config(gan="wgan-gp"), torch.device("cpu"))
+        trainer.noise.manual_seed(3)
+        trainer.train_disc(images(), images(seed=2), loss_scale=scale)
+        grads.append(torch.cat([p.grad.flatten() for p in trainer.disc.parameters()]))
+    assert torch.allclose(8 * grads[0], grads[1], rtol=1e-4) and grads[0].norm() > 0
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
+    trainer.cfg = replace(trainer.cfg, compile=True)
+    trainer.compile(print)
+    assert compiled == ["Encoder"]
+
+
 def test_every_variant_trains_what_it_says():
-    groups = vaegan.variants()
-    every = {name: change for group in groups.values() for name, change in group.items()}
-    assert all(group["full"] == ({}, "") for group in groups.values()) and len(every) == 19
+    every = {name: change for group in vaegan.variants().values() for name, change in group.items()}
+    assert len(every) == 19
     for name, (flags, road) in every.items():
         trainer = Trainer(replace(tiny_config(), **{"perceptual_weight": 0.0, **flags}), torch.device("cpu"))
         trainer.perceptual = random_perceptual() if name == "gram" else None
@@ -1707,15 +1755,25 @@ def test_ablate_is_interrupted_and_continued_and_equals_the_undisturbed_one(tmp_
         monkeypatch.setenv(name, value)
     more = ["full", "sobel", "neither-1", "--seeds", 0, 1, "--data", photos]
     assert in_this_process(*ablation(tmp_path / "whole", *more)) == 0
-    assert "goes on without measuring LPIPS: LPIPS net alex" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "goes on without measuring LPIPS: LPIPS net alex" in printed and (tmp_path / "whole/ablation.md").read_text() in printed
     with monkeypatch.context() as during:
         stopping(during, 4)                                                     # in the warm-up, and in the cold start
-        assert in_this_process(*ablation(tmp_path / "parts", *more)) == 143 and not (tmp_path / "parts/ablation.json").exists()
-        assert re.search(r"interrupted; \S*parts holds what is done; the same command goes on from there\n$", capsys.readouterr().err)
-    with monkeypatch.context() as during:
-        stopping(during, 11)                                                    # in full-0, after the fork
         assert in_this_process(*ablation(tmp_path / "parts", *more)) == 143
-    assert torch.load(tmp_path / "parts/full-0/last.pt", weights_only=True)["step"] == 11
+        assert json.loads((tmp_path / "parts/ablation.json").read_text())["rows"] == {}
+        assert re.search(r"interrupted; \S*parts holds what is done; the same command goes on from there\n$", capsys.readouterr().err)
+    shutil.rmtree(tmp_path / "parts/warm-up-0")
+    with monkeypatch.context() as during:                                       # killed before its first save
+        update = Trainer.update
+        during.setattr(Trainer, "update", lambda self, step, images_: sys.exit(9) if step == 2 else update(self, step, images_))
+        with pytest.raises(SystemExit):
+            in_this_process(*ablation(tmp_path / "parts", *more))
+    assert not (tmp_path / "parts/warm-up-0/last.pt").exists() and (tmp_path / "parts/warm-up-0/healthy.pt").exists()
+    for step in (11, 14):                                                       # in full-0, after the fork; and in its last step
+        with monkeypatch.context() as during:
+            stopping(during, step)
+            assert in_this_process(*ablation(tmp_path / "parts", *more)) == 143
+        assert torch.load(tmp_path / "parts/full-0/last.pt", weights_only=True)["step"] == step and not (tmp_path / "parts/full-0/row.json").exists()
     assert in_this_process(*ablation(tmp_path / "parts", *more[:1], *more[3:])) == 0       # --only full: the others are added later
     before, one = (tmp_path / "parts/full-0/row.json").stat().st_mtime_ns, json.loads((tmp_path / "parts/ablation.json").read_text())
     assert {name: [*rows] for name, rows in one["rows"].items()} == dict(full=["0", "1"])
@@ -1725,11 +1783,20 @@ def test_ablate_is_interrupted_and_continued_and_equals_the_undisturbed_one(tmp_
     assert whole.keys() == {"full", "sobel", "neither-1"} and all([*rows] == ["0", "1"] for rows in whole.values())
     timeless = lambda rows: {name: [{key: value for key, value in row.items() if key not in ("steps_per_s", "disc_ms")} for row in seeds.values()]
                              for name, seeds in rows.items()}
-    assert timeless(parts) == timeless(whole) and whole["full"]["0"] != whole["full"]["1"]
+    assert timeless(parts) == timeless(whole)
+    assert len({row["psnr"] for rows in whole.values() for row in rows.values()}) == 6         # no road and no seed is forgotten
+    warm = [torch.load(tmp_path / f"whole/warm-up-{seed}/last.pt", weights_only=True)["training"]["vae"] for seed in (0, 1)]
+    assert not same(*warm)
     for name in ("ablation.png", "sobel-1/last.pt"):
         assert (tmp_path / "parts" / name).exists()
     picture = Image.open(tmp_path / "parts/ablation.png")
     assert picture.size == (60 + 3 * 128, 3 * (20 + 3 * 128))                   # original and two variants, three crops, three groups
+    for name, x, y in (("full", 1, 0), ("sobel", 2, 1), ("neither-1", 2, 2)):
+        crops = Image.open(tmp_path / f"parts/{name}-0/crops.png")              # three images of 32 px above their reconstructions
+        for i in range(3):
+            shown = [picture.crop((60 + 128 * column, y * 404 + 20 + 128 * i, 188 + 128 * column, y * 404 + 148 + 128 * i)) for column in (0, x)]
+            stored = [crops.crop((32 * i, top, 32 * i + 32, top + 32)).resize((128, 128), 0) for top in (0, 32)]
+            assert [image.tobytes() for image in shown] == [image.tobytes() for image in stored], name
 
 
 def test_variants_start_from_one_warm_up_and_cold_ones_from_nothing(tmp_path, monkeypatch):
@@ -1741,7 +1808,7 @@ def test_variants_start_from_one_warm_up_and_cold_ones_from_nothing(tmp_path, mo
         starts.setdefault(Path(self.cfg.out).name, (step, [p.detach().clone() for p in self.vae.parameters()]))
         return update(self, step, images_)
     monkeypatch.setattr(Trainer, "update", first)
-    assert in_this_process(*ablation(tmp_path / "out", "full", "l1", "wgan-gp", "no-warm-up", "--steps", 8)) == 0
+    assert in_this_process(*ablation(tmp_path / "out", "full", "l1", "wgan-gp", "no-warm-up", "--steps", 10)) == 0
     steps = {name: start[0] for name, start in starts.items()}
     assert steps == {"warm-up-0": 0, "full-0": 6, "l1-0": 6, "wgan-gp-0": 6, "no-warm-up-0": 0}
     weights = {name: start[1] for name, start in starts.items()}
@@ -1758,6 +1825,9 @@ def test_the_ablations_table_has_the_numbers_of_its_json():
     rows = {name: {str(seed): row() for seed in range(n)} for name, n in (("l1", 1), ("full", 3), ("no-lambda-10", 2))}
     rows["full"]["2"] = dict(collapsed="non_finite at 9, stopped")
     text = vaegan.ablation_table(dict(about="of this", config={}, rows=rows))
+    assert re.findall(r"^\| \| (.*) \|$", text, re.M) == [
+        "PSNR, dB | SSIM | LPIPS ↓ | sharpness, x̂ / x | KL a dimension | flags", "‖∇dec‖, median | largest | largest ∇adv/∇rec | D right | "
+        "error, other z / own | decoder's slope | steps/s | D's step, ms | collapsed: sign and step"]
     assert text.startswith("of this\n") and "| no-lambda-10 |" in text and "| `--no-adaptive --disc-weight 10.0` |" in text
     columns = [["psnr", "ssim", "lpips", "sharpness", "kl_dim"],
                ["grad_norm_dec", "grad_norm_dec_max", "grad_ratio_max", "d_acc", "other_z", "lipschitz", "steps_per_s", "disc_ms"]]
@@ -1797,13 +1867,23 @@ def test_ablate_notes_collapses_and_what_is_not_finite_and_goes_on(tmp_path, mon
     assert rows["ns"]["0"] == dict(collapsed="non_finite at 10, stopped") and rows["l1"]["0"]["psnr"] > 0
     assert "| ns | – |" in (tmp_path / "out/ablation.md").read_text() and Image.open(tmp_path / "out/ablation.png").width == 60 + 2 * 128
     trainer = Trainer(tiny_config(out=str(tmp_path / "fake")), torch.device("cpu"))
-    events = [dict(), dict(event="step 5: the warm-up is over"), dict(event="collapse at step 7: rebound: worse"), dict(event="collapse at step 9: noise: so")]
+    with torch.no_grad():
+        trainer.vae.decoder.conv_out.bias.fill_(0.7)                            # the average is what is measured
+    trainer.step = 300
+    old = [dict(other_z=9.0, l1=1.0), dict(other_z=8.0, lipschitz=8.0)]
+    events = [*old, dict(event="step 5: the warm-up is over"), dict(event="collapse at step 7: rebound: worse"), dict(event="collapse at step 9: noise: so")]
     (tmp_path / "fake").mkdir()
-    lines = [json.dumps(dict(step=step, grad_norm_dec=float(step), images_per_s=10.0 * step, **event)) + "\n" for step, event in enumerate(events, 6)]
+    events[2] |= dict(other_z=3.0, d_acc=0.75, grad_ratio=0.5)
+    events[3] |= dict(other_z=2.0, lipschitz=0.25, d_acc=0.5)
+    steps = [5, 100, 101, 250, 300]
+    lines = [json.dumps(dict(step=step, grad_norm_dec=float(step), images_per_s=10.0 * step, **event)) + "\n" for step, event in zip(steps, events)]
     (tmp_path / "fake/log.jsonl").write_text("".join(lines))
     row = vaegan.measure_run(trainer, DeadLeaves(32, length=3), None, tmp_path / "fake")
-    assert row["collapsed"] == "rebound at 7" and row["grad_norm_dec"] == 7.5 and row["grad_norm_dec_max"] == 9.0 and row["steps_per_s"] == 37.5
-    assert row["disc_ms"] > 0 and row["lpips"] is None and row["grad_ratio_max"] is None
+    assert row["collapsed"] == "rebound at 7" and row["grad_norm_dec"] == 101 and row["grad_norm_dec_max"] == 300 and row["steps_per_s"] == 505
+    assert row["other_z"] == 2.5 and row["lipschitz"] == 0.25 and row["d_acc"] == 0.625 and row["grad_ratio_max"] == 0.5      # of the last 200 steps
+    assert row["disc_ms"] > 0 and row["lpips"] is None
+    measured = vaegan.evaluate(trainer.average, torch.utils.data.Subset(DeadLeaves(32), range(3)))
+    assert row["psnr"] == measured["psnr"] != vaegan.evaluate(trainer.vae, torch.utils.data.Subset(DeadLeaves(32), range(3)))["psnr"]
 
 
 def test_ablate_refuses_what_it_cannot_do_in_one_line(tmp_path, monkeypatch, capsys):
@@ -1812,12 +1892,15 @@ def test_ablate_refuses_what_it_cannot_do_in_one_line(tmp_path, monkeypatch, cap
     out = tmp_path / "out"
     cases = {"--only r2: choose from l2, l1, full": ["r2"], "--only gram": ["gram"], "--disc-start 14": ["l1", "--disc-start", 14],
              "--disc-start 0": ["l1", "--disc-start", 0], "--disc-weight 0": ["l1", "--disc-weight", 0], "--no-resume": ["l1", "--no-resume"],
+             "--steps 9: the GAN is at full weight from 9 on": ["l1", "--steps", 9],
              "--on-collapse stop": ["l1", "--on-collapse", "stop"], "--seed -1": ["l1", "--seeds", -1],
              "nowhere: no such folder": ["l1", "--data", tmp_path / "nowhere"], "squeezenet1_1-b8a52dc0.pth": ["l1", "--perceptual-weight", 1]}
     for text, more in cases.items():
         status, err = in_this_process(*ablation(out, *more)), capsys.readouterr().err
         err = re.sub("Downloading: .*\n", "", err)
         assert status == 2 and text in err and err.count("\n") == 1 and not out.exists(), (text, err)
+    assert in_this_process(*ablation(out, "l1", "--lr", "1e30", "--clip", 0, "--ema", 0, "--out", tmp_path / "nan")) == 3     # the warm-up's
+    assert "collapse at step" in capsys.readouterr().err and not [*(tmp_path / "nan").glob("*/row.json")]
     assert in_this_process(*ablation(out, "l1")) == 0
     for text, more in {"--steps 20: ": ["--steps", 20], "--lr 0.5": ["--lr", 0.5], "--ch-mult (1, 1)": ["--ch-mult", 1, 1]}.items():
         capsys.readouterr()
@@ -1907,6 +1990,8 @@ ALONE = {           # what to run with each class and function that is cut out
             "load(folder + '/b.pt')",
     "autoencoder": "autoencoder(vaegan.Config.of('tiny', ch=8))", "launch": "launch(vaegan.Config(device='cpu'))",
     "open_data": "open_data(vaegan.Config.of('tiny', data=folder))",
+    "words_beside": "assert words_beside(vaegan.Config(), vaegan.Config(lr=0.5, r1=1.0), but=('r1',)) == ['--lr', '0.5']",
+    "ablation_flags": "assert ablation_flags(dict(log_every=5)) == dict(perceptual_weight=1.0, log_every=5, on_collapse='warn')",
     "flag_words": "assert flag_words('clip', 0.0) == ['--clip', '0.0'] and flag_words('adaptive', False) == ['--no-adaptive']",
     "non_saturating_d_loss": "non_saturating_d_loss(torch.zeros(2), torch.zeros(2))", "non_saturating_g_loss": "non_saturating_g_loss(torch.zeros(2))",
     "wasserstein_d_loss": "wasserstein_d_loss(torch.zeros(2), torch.ones(2))",

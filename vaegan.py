@@ -1188,7 +1188,7 @@ class Trainer:
 
     def restore(self, path, checkpoint):
         """Continue from what load(path) gave -> what changed, as text. UsageError: it does not fit."""
-        was, now = checkpoint["config"], asdict(self.cfg)
+        was, now = {f.name: f.default for f in fields(Config)} | checkpoint["config"], asdict(self.cfg)
         changed = {f.name: f for f in fields(self.cfg)
                    if was.get(f.name) != now[f.name] and f.name not in ("out", "resume")}
         if not now["init"] or Path(now["init"]).resolve() == Path(str(was.get("init"))).resolve():
@@ -1281,6 +1281,7 @@ def train(cfg, road=""):
                         tensorboard(out / "tensorboard", trainer) as board:
                     loop(trainer, images, train_set, few, shown, out, board, say, bar, signals)
         meet()                                                  # rank 0 measures and saves last
+    trainer.caught = signals.caught                             # too late to end this run, but not ablate
     say(f"{out}: {max(trainer.step, cfg.steps)} steps done; a larger --steps goes on from here")
     return trainer
 
@@ -1505,12 +1506,19 @@ def flag_words(name, value):
     return [flag_of("no_" + name)] if value is False else [flag_of(name), *map(str, values)]
 
 
+def words_beside(usual, cfg, but):
+    """The flags in which a Config differs from another one, as words; those named in `but` left out.
+
+    Needs: flag_words.
+    """
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in but}
+    return [word for name, value in values.items() if value != getattr(usual, name)
+            for word in flag_words(name, value)]
+
+
 def command_line(cfg):
-    """The command that goes on with this run; --init counted at its start. Needs: Config, flag_words."""
-    usual, words = Config.of(cfg.preset), []
-    for f in fields(cfg):
-        if getattr(cfg, f.name) != getattr(usual, f.name) and f.name not in ("resume", "init"):
-            words += flag_words(f.name, getattr(cfg, f.name))
+    """The command that goes on with this run; --init counted at its start. Needs: Config, words_beside."""
+    words = words_beside(Config.of(cfg.preset), cfg, but=("resume", "init"))
     ranks = os.environ.get("LOCAL_WORLD_SIZE")                  # set by torchrun
     program = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
     script = sys.argv[0] if os.path.basename(sys.argv[0]) == "vaegan.py" else "vaegan.py"
@@ -2249,18 +2257,18 @@ def focal_frequency_loss(x, x_hat, alpha=1.0):
 
 
 def gram_loss(features, features_hat):
-    """Σ over layers of ‖G - Ĝ‖², G = f·fᵀ/(h·w) for features f, (B, C, h·w): which features come together,
+    """Σ over layers of ‖G - Ĝ‖², G = f·fᵀ/(h·w) of features f, (B, C, h·w): which features come together,
     wherever they are.
 
-    Source: Gatys et al. 2016, eq. 3 to 5, as means over positions. Lists of (B, C, h, w), as of
-    Perceptual.features -> (B,). Needs: nothing.
+    Source: Gatys et al. 2016, eq. 3 to 5, but a mean over positions, without eq. 4's 1/(4·C²), for features
+    of unit length such as those of Perceptual.features. Lists of (B, C, h, w) -> (B,). Needs: nothing.
     """
     gram = lambda f: f.flatten(2) @ f.flatten(2).transpose(1, 2) / f[0, 0].numel()          # (B, C, C)
     return sum((gram(f) - gram(f_hat)).pow(2).sum(dim=(1, 2)) for f, f_hat in zip(features, features_hat))
 
 
 def sobel_loss(x, x_hat):
-    """Mean |S(x) - S(x̂)| over Sobel's horizontal and vertical derivative, a step of 1 giving 1.
+    """Mean |S(x) - S(x̂)| over Sobel's two derivatives, horizontal and vertical: that of a ramp is its slope.
 
     Source: Sobel & Feldman 1968. x, x_hat: (B, C, H, W) -> (B,). Needs: nothing.
     """
@@ -2279,8 +2287,8 @@ def take_road(trainer, road):
     disc, perceptual = trainer.disc, trainer.perceptual
     if road in ("no-spectral-norm", "wgan-gp"):                 # there the penalty alone bounds D's slope
         disc.spectral = False
-    if road == "wgan-gp":                                       # 10: Gulrajani et al. 2017, §4
-        trainer.d_loss = wasserstein_d_loss
+    if road == "wgan-gp":                                       # 10: Gulrajani et al. 2017, §4; who take five
+        trainer.d_loss = wasserstein_d_loss                     # steps of D an update, here it is one
         trainer.penalty = lambda x, x_hat: 10 * gradient_penalty(disc, x, x_hat, trainer.noise)
     if road == "ns":
         trainer.d_loss = non_saturating_d_loss
@@ -2415,12 +2423,20 @@ def save_ablation(done, out):
     write_whole(out / "ablation.png", functools.partial(picture.save, format="PNG"))
 
 
+def ablation_flags(flags):
+    """The flags typed, over those that ablate has for a default. Needs: nothing."""
+    return dict(perceptual_weight=1.0, log_every=1, on_collapse="warn") | flags
+
+
 def ablation_config(cfg):
     """The flags of ablate, checked, with a step for --disc-start. Needs: UsageError, flag_of."""
     start, out = cfg.steps // 3 if cfg.disc_start == "plateau" else cfg.disc_start, Path(cfg.out)
+    least = start + cfg.disc_lead + cfg.disc_ramp
     for refused, what, way_out in (
             (not 0 < start < cfg.steps, f"--disc-start {start}", "there the common warm-up ends; take a step "
              f"from 1 to {cfg.steps - 1}"),
+            (least >= cfg.steps, f"--steps {cfg.steps}", f"the GAN is at full weight from {least} on; take "
+             "more, or a smaller --disc-ramp"),
             (cfg.disc_weight == 0, "--disc-weight 0", "there are variants without GAN; leave it out"),
             (cfg.on_collapse != "warn", f"--on-collapse {cfg.on_collapse}", "all are to end; leave it out"),
             (not cfg.resume, "--no-resume", "take another --out to start anew"),
@@ -2429,12 +2445,12 @@ def ablation_config(cfg):
             raise UsageError(f"ablate {what}: {way_out}")
     cfg = replace(cfg, disc_start=start, sample_every=cfg.steps)
     if (out / "ablation.json").exists():
-        was, now = json.loads((out / "ablation.json").read_text())["config"], asdict(cfg)
-        for name in now.keys() - {"out", "seed", "workers"}:
-            was[name] = tuple(was[name]) if name == "ch_mult" else was.get(name)
-            if was[name] != now[name]:
-                raise UsageError(f"{flag_of(name)} {now[name]}: {out} was begun with {was[name]}; take "
-                                 "that or another --out")
+        was = json.loads((out / "ablation.json").read_text())["config"]
+        was["ch_mult"] = tuple(was["ch_mult"])
+        for name, now in asdict(cfg).items():
+            if was[name] != now and name not in ("out", "seed", "workers", "sample_every"):
+                raise UsageError(f"{flag_of(name)} {now}: {out} was begun with {was[name]}; take that or "
+                                 "another --out")
     return cfg
 
 
@@ -2461,13 +2477,19 @@ def measure_variant(cfg, name, seed, held_out, judge):
     flags, road = next(group[name] for group in variants().values() if name in group)
     folder, warm_up = Path(cfg.out, f"{name}-{seed}"), Path(cfg.out, f"warm-up-{seed}")
     run = replace(cfg, out=str(folder), seed=seed, **flags)
+
+    def trained(cfg, road=""):
+        trainer = train(cfg, road)
+        if trainer.caught:
+            raise KeyboardInterrupt(trainer.caught)
+        return trainer
+
     if run.disc_start and not saves(folder):                    # no cold start, and not begun yet
-        if not saves(warm_up) or load(saves(warm_up)[0])["step"] < cfg.disc_start:
-            train(replace(cfg, out=str(warm_up), seed=seed, steps=cfg.disc_start, disc_weight=0.0))
+        trained(replace(cfg, out=str(warm_up), seed=seed, steps=cfg.disc_start, disc_weight=0.0))
         make_folder("--out", folder)
         second_name(warm_up / "last.pt", folder / "last.pt")
     try:
-        return measure_run(train(run, road), held_out, judge, folder)
+        return measure_run(trained(run, road), held_out, judge, folder)
     except CollapseError as error:                              # not finite: there is nothing to measure
         return dict(collapsed=f"{error.sign} at {error.step}, stopped")
 
@@ -2486,6 +2508,8 @@ def ablate(cfg, only=(), seeds=()):
             raise UsageError(f"--only {name}: choose from {', '.join(names)}")
     seeds = [replace(cfg, seed=seed).seed for seed in seeds or [cfg.seed]]      # checked
     device, held_out = launch(cfg)[0], open_data(cfg)[1]
+    if not cfg.data:
+        held_out = DeadLeaves(cfg.image_size, -1, length=64)    # no seed's run trains on these
     held_out = torch.utils.data.Subset(held_out, range(0, len(held_out), -(-len(held_out) // 256)))
     if cfg.perceptual_weight:
         Perceptual(cfg.perceptual_net)                          # if it cannot be had, this says so now
@@ -2494,12 +2518,14 @@ def ablate(cfg, only=(), seeds=()):
         judge = Perceptual(net).to(device)
     except UsageError as error:
         judge = print(f"goes on without measuring LPIPS: {error}")
-    on = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    data = Path(cfg.data).resolve().name if cfg.data else "dead leaves"
-    about = (f"Preset {cfg.preset}, ch {cfg.ch}, {cfg.image_size} px, batch {cfg.batch_size}; {cfg.steps} "
-             f"steps, {cfg.disc_start} of them a common warm-up. {data}, {len(held_out)} held out. LPIPS: "
-             f"{cfg.perceptual_net} in training, {net} here. {device.type}, {on}, torch {torch.__version__}.")
+    words = words_beside(Config.of(cfg.preset, **ablation_flags({})), cfg, but=(
+        "data", "val", "out", "seed", "disc_start", "sample_every"))
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    about = (f"`{shlex.join(['ablate', '--preset', cfg.preset, *words])}`: {cfg.steps} steps, the first "
+             f"{cfg.disc_start} a common warm-up without GAN; {len(held_out)} held-out images; LPIPS in "
+             f"training: {cfg.perceptual_net}, here: {net}; {device.type}, {machine}, torch {torch.__version__}.")
     with claimed(out):
+        write_ablation(cfg, about, names)                       # from now on other flags are refused
         for seed, name in itertools.product(seeds, only or names):
             row = out / f"{name}-{seed}" / "row.json"
             if row.exists():
@@ -2512,7 +2538,6 @@ def ablate(cfg, only=(), seeds=()):
                 raise KeyboardInterrupt(number, f"interrupted; {out} holds what is done; the same command "
                                         "goes on from there") from None
             write_ablation(cfg, about, names)
-        write_ablation(cfg, about, names)
     print(f"\n{(out / 'ablation.md').read_text()}\n{out}: ablation.md, ablation.json, ablation.png")
 
 
@@ -2695,8 +2720,7 @@ def main(argv=None):
                 print(f"preset {preset} (auto: sd on a CUDA GPU, else tiny); --preset {other} takes that one")
         if command == "ablate":
             which = flags.pop("only"), flags.pop("seeds")
-            flags = dict(perceptual_weight=1.0, log_every=1, on_collapse="warn") | flags
-            cfg = Config.of(preset, **flags)
+            cfg = Config.of(preset, **ablation_flags(flags))
             ablate(cfg if "out" in flags else replace(cfg, out=cfg.out + "-ablation"), *which)
         else:
             (train if command == "train" else bench)(Config.of(preset, **flags))
