@@ -2333,11 +2333,12 @@ def measure_run(trainer, dataset, judge, folder):
     """A run that has ended, for ablate -> dict of numbers, None where there is nothing to measure, and of the
     first collapse, in words; writes crops.png: three images above their reconstructions.
 
+    Lowest and largest signs are of the steps after a sixth of all, when a cold start has learnt something.
     Needs: all of the file.
     """
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     found = [re.search(r"collapse at step (\d+): (\w+)", record.get("event", "")) for record in records]
-    last = [record for record in records if record["step"] > trainer.step - 200]
+    later = [record for record in records if record["step"] > trainer.cfg.steps // 6]
 
     def of(summary, key, records=records):
         values = [record[key] for record in records if key in record]
@@ -2354,34 +2355,43 @@ def measure_run(trainer, dataset, judge, folder):
         {key: measured.get(key) for key in ("psnr", "ssim", "lpips", "sharpness", "kl_dim")},
         grad_norm_dec=of(statistics.median, "grad_norm_dec"), grad_norm_dec_max=of(max, "grad_norm_dec"),
         grad_ratio_max=of(max, "grad_ratio"), d_acc=of(statistics.median, "d_acc"), disc_ms=disc_ms,
-        other_z=of(statistics.median, "other_z", last), lipschitz=of(statistics.median, "lipschitz", last),
+        other_z_min=of(min, "other_z", later), kl_dim_min=of(min, "kl_dim", later),
+        lipschitz_max=of(max, "lipschitz", later),
         steps_per_s=of(statistics.median, "images_per_s") / trainer.images_an_update,
         collapsed=next((f"{match[2]} at {match[1]}" for match in found if match), ""))
 
 
 def ablation_table(done):
     """The content of ablation.json as Markdown: two tables, mean ± standard deviation (n - 1) over seeds.
+    "beside full": of the differences from the full recipe, seed by seed.
 
     Needs: variants, flag_words.
     """
     tables = (
-        dict(psnr=("PSNR, dB", ".1f"), ssim=("SSIM", ".3f"), lpips=("LPIPS ↓", ".3f"),
+        dict(psnr=("PSNR, dB", ".1f"), psnr_beside=("beside full", "+.1f"), ssim=("SSIM", ".3f"),
+             lpips=("LPIPS ↓", ".3f"), lpips_beside=("beside full", "+.3f"),
              sharpness=("sharpness, x̂ / x", ".3f"), kl_dim=("KL a dimension", ".2f"), flags=("flags", "")),
         dict(grad_norm_dec=("‖∇dec‖, median", ".2f"), grad_norm_dec_max=("largest", ".1f"),
-             grad_ratio_max=("largest ∇adv/∇rec", ".2f"), d_acc=("D right", ".2f"),
-             other_z=("error, other z / own", ".2f"), lipschitz=("decoder's slope", ".2f"),
+             grad_ratio_max=("largest ∇adv/∇rec", ".1f"), d_acc=("D right", ".2f"),
+             other_z_min=("lowest error, other z / own", ".2f"), kl_dim_min=("lowest KL", ".1f"),
+             lipschitz_max=("largest slope of the decoder", ".2f"),
              steps_per_s=("steps/s", ".1f"), disc_ms=("D's step, ms", ".1f"),
              collapsed=("collapsed: sign and step", "")))
 
-    def cell(rows, flags, key, digits):
+    def cell(name, flags, key, digits):
         if key == "flags":
             words = " ".join(word for item in flags.items() for word in flag_words(*item))
             return f"`{words}`" if words else ""
-        values = [row[key] for row in rows if row.get(key) not in (None, "")]
+        measure, rows = key.removesuffix("_beside"), done["rows"][name]
+        values = {seed: row[measure] for seed, row in rows.items() if row.get(measure) not in (None, "")}
         if key == "collapsed":
-            return f"{len(values)} of {len(rows)}" + ": " * bool(values) + ", ".join(values)
-        spread = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):{digits}}{spread}" if values else "–"
+            return f"{len(values)} of {len(rows)}" + ": " * bool(values) + ", ".join(values.values())
+        if key != measure:
+            full = {} if name == "full" else done["rows"].get("full", {})
+            values = {seed: value - full[seed][measure] for seed, value in values.items()
+                      if full.get(seed, {}).get(measure) is not None}
+        spread = f" ± {statistics.stdev(values.values()):{digits[-3:]}}" if len(values) > 1 else ""
+        return f"{statistics.mean(values.values()):{digits}}{spread}" if values else "–"
 
     lines = [done["about"]]
     for columns in tables:
@@ -2391,8 +2401,7 @@ def ablation_table(done):
             there = [name for name in members if name in done["rows"]]
             lines += [f"| **{group}** |" + " |" * len(columns)] if there else []
             for name in there:
-                rows, flags = done["rows"][name].values(), members[name][0]
-                cells = [cell(rows, flags, key, digits) for key, (_, digits) in columns.items()]
+                cells = [cell(name, members[name][0], key, digits) for key, (_, digits) in columns.items()]
                 lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -2448,8 +2457,8 @@ def ablation_config(cfg):
         was = json.loads((out / "ablation.json").read_text())["config"]
         was["ch_mult"] = tuple(was["ch_mult"])
         for name, now in asdict(cfg).items():
-            if was[name] != now and name not in ("out", "seed", "workers", "sample_every"):
-                raise UsageError(f"{flag_of(name)} {now}: {out} was begun with {was[name]}; take that or "
+            if was.get(name) != now and name not in ("out", "seed", "workers", "sample_every"):
+                raise UsageError(f"{flag_of(name)} {now}: {out} was begun with {was.get(name)}; take that or "
                                  "another --out")
     return cfg
 
@@ -2520,10 +2529,11 @@ def ablate(cfg, only=(), seeds=()):
         judge = print(f"goes on without measuring LPIPS: {error}")
     words = words_beside(Config.of(cfg.preset, **ablation_flags({})), cfg, but=(
         "data", "val", "out", "seed", "disc_start", "sample_every"))
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    gpu = device.type == "cuda"
+    machine = torch.cuda.get_device_name() if gpu else f"{device.type}, {torch.get_num_threads()} threads"
     about = (f"`{shlex.join(['ablate', '--preset', cfg.preset, *words])}`: {cfg.steps} steps, the first "
              f"{cfg.disc_start} a common warm-up without GAN; {len(held_out)} held-out images; LPIPS in "
-             f"training: {cfg.perceptual_net}, here: {net}; {device.type}, {machine}, torch {torch.__version__}.")
+             f"training: {cfg.perceptual_net}, here: {net}; {machine}; torch {torch.__version__}.")
     with claimed(out):
         write_ablation(cfg, about, names)                       # from now on other flags are refused
         for seed, name in itertools.product(seeds, only or names):
@@ -2533,6 +2543,8 @@ def ablate(cfg, only=(), seeds=()):
             print(f"\n{name}, seed {seed}")
             try:
                 save_json(measure_variant(cfg, name, seed, held_out, judge), row)
+                for path in saves(row.parent)[1:]:              # the newest will do from now on
+                    path.unlink()
             except KeyboardInterrupt as error:
                 number = error.args[0] if error.args else signal.SIGINT
                 raise KeyboardInterrupt(number, f"interrupted; {out} holds what is done; the same command "
