@@ -1827,7 +1827,7 @@ def test_the_ablations_table_has_the_numbers_of_its_json():
     rows["full"]["2"] = dict(collapsed="non_finite at 9, stopped")
     text = vaegan.ablation_table(dict(about="of this", config={}, rows=rows))
     assert re.findall(r"^\| \| (.*) \|$", text, re.M) == [
-        "PSNR, dB | beside full | SSIM | LPIPS ↓ | beside full | sharpness, x̂ / x | KL a dimension | flags", "‖∇dec‖, median | largest | largest ∇adv/∇rec | D right | "
+        "PSNR, dB | beside full | SSIM | LPIPS ↓ | beside full | sharpness, x̂ / x | KL a dimension | what it is", "‖∇dec‖, median | largest | largest ∇adv/∇rec | D right | "
         "lowest error, other z / own | lowest KL | largest slope of the decoder | steps/s | D's step, ms | collapsed: sign and step"]
     assert text.startswith("of this\n") and "| no-lambda-10 |" in text and "| `--no-adaptive --disc-weight 10.0` |" in text
     columns = [["psnr", "psnr beside", "ssim", "lpips", "lpips beside", "sharpness", "kl_dim"],

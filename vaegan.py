@@ -2370,7 +2370,8 @@ def ablation_table(done):
     tables = (
         dict(psnr=("PSNR, dB", ".1f"), psnr_beside=("beside full", "+.1f"), ssim=("SSIM", ".3f"),
              lpips=("LPIPS ↓", ".3f"), lpips_beside=("beside full", "+.3f"),
-             sharpness=("sharpness, x̂ / x", ".3f"), kl_dim=("KL a dimension", ".2f"), flags=("flags", "")),
+             sharpness=("sharpness, x̂ / x", ".3f"), kl_dim=("KL a dimension", ".2f"),
+             flags=("what it is", "")),
         dict(grad_norm_dec=("‖∇dec‖, median", ".2f"), grad_norm_dec_max=("largest", ".1f"),
              grad_ratio_max=("largest ∇adv/∇rec", ".1f"), d_acc=("D right", ".2f"),
              other_z_min=("lowest error, other z / own", ".2f"), kl_dim_min=("lowest KL", ".1f"),
@@ -2381,7 +2382,10 @@ def ablation_table(done):
     def cell(name, flags, key, digits):
         if key == "flags":
             words = " ".join(word for item in flags.items() for word in flag_words(*item))
-            return f"`{words}`" if words else ""
+            return f"`{words}`" if words else {
+                "full": "L1, LPIPS, hinge GAN", "focal": "`focal_frequency_loss` in the GAN's place",
+                "gram": "`gram_loss`, likewise", "sobel": "`sobel_loss`, likewise",
+                "no-spectral-norm": "D's weights as they are"}[name]
         measure, rows = key.removesuffix("_beside"), done["rows"][name]
         values = {seed: row[measure] for seed, row in rows.items() if row.get(measure) not in (None, "")}
         if key == "collapsed":
