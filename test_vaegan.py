@@ -1663,7 +1663,7 @@ def test_wgan_gp_trains_an_unbounded_d_on_the_wasserstein_loss_and_ten_times_the
     reference, x, x_hat = copy.deepcopy(trainer.disc), images(), images(seed=2)
     assert not reference.spectral
     trainer.noise.manual_seed(3)
-    terms = trainer.train_disc(x, x_hat)
+    terms = trainer.disc_step(x, x_hat)
     loss = reference(x_hat).mean() - reference(x).mean()
     u = torch.rand(2, 1, 1, 1, generator=seeded(3))
     between = (u * x + (1 - u) * x_hat).requires_grad_()
@@ -1712,7 +1712,7 @@ def test_a_penalty_of_d_is_scaled_as_its_loss_and_keeps_d_from_being_compiled(mo
     for scale in (1.0, 8.0):
         trainer = Trainer(tiny_config(gan="wgan-gp"), torch.device("cpu"))
         trainer.noise.manual_seed(3)
-        trainer.train_disc(images(), images(seed=2), loss_scale=scale)
+        trainer.disc_step(images(), images(seed=2), loss_scale=scale)
         grads.append(torch.cat([p.grad.flatten() for p in trainer.disc.parameters()]))
     assert torch.allclose(8 * grads[0], grads[1], rtol=1e-4) and grads[0].norm() > 0
     compiled = []

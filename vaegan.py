@@ -1068,7 +1068,7 @@ class Trainer:
         self.vae = vae = autoencoder(cfg).to(**place)
         self.disc = PatchDiscriminator(3, cfg.ndf).to(**place)
         self.noise = torch.Generator(device)
-        self.d_loss, self.penalty, self.texture = hinge_d_loss, None, None
+        self.d_loss, self.penalty, self.texture = hinge_d_loss, None, None      # texture: see generator_step
         if cfg.gan != "hinge":
             take_road(self, cfg.gan)
         self.scale = nn.ParameterDict(dict(logvar=torch.zeros((), device=device)) if cfg.learn_logvar else {})
@@ -1130,7 +1130,7 @@ class Trainer:
                 logvar=self.scale.get("logvar"), generator=self.noise, amp=self.amp, loss_scale=loss_scale)
             if train_disc:
                 r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0     # lazy: Karras et al. 2020, §3.1
-                terms |= self.train_disc(x, x_hat, r1=r1, loss_scale=loss_scale)
+                terms |= self.disc_step(x, x_hat, r1=r1, loss_scale=loss_scale)
             if (step + 1) % self.look_every == 0:
                 terms |= self.look(step, x, x_hat)
             rows.append(terms)
@@ -1138,10 +1138,10 @@ class Trainer:
         self.step, self.drawn = step + 1, self.drawn + self.images_an_update
         return rows
 
-    def train_disc(self, x, x_hat, **more):
-        """D's step, with the losses of this run -> terms."""
-        return discriminator_step(self.parallel[1], x, x_hat, loss=self.d_loss, penalty=self.penalty,
-                                  amp=self.amp, **more)
+    def disc_step(self, x, x_hat, r1=0.0, loss_scale=1.0):
+        """D's step with the losses of this run -> terms."""
+        return discriminator_step(self.parallel[1], x, x_hat, loss=self.d_loss, r1=r1, penalty=self.penalty,
+                                  amp=self.amp, loss_scale=loss_scale)
 
     def look(self, step, x, x_hat):
         """The monitor's look -> terms; every fifty steps with the decoder's slope, which costs three forwards
@@ -2191,7 +2191,7 @@ def bench(cfg):
     if cfg.disc_weight:
         row("D, for the decoder", stage(lambda: hinge_g_loss(disc(x_hat)), [x_hat]))
         row("λ", lambda: [last_layer_gradient(vae.decoder.conv_out, h, g).norm() for g in (x, x)])
-        row("D, its own step", lambda: trainer.train_disc(x, x_hat))
+        row("D, its own step", lambda: trainer.disc_step(x, x_hat))
     row("optimisers, average", lambda: trainer.optimise(1, cfg.disc_weight > 0, {}))
     row("monitor, for 50 steps", watch)
     with contextlib.closing(batches(trainer, train_set)) as loader:
@@ -2350,7 +2350,7 @@ def measure_run(trainer, dataset, judge, folder):
     x, disc_ms = images[:trainer.cfg.batch_size], None
     if trainer.cfg.disc_weight and trainer.d_loss:
         x_hat = trainer.average(x)[0].detach()
-        disc_ms = 1e3 * measure(lambda: trainer.train_disc(x, x_hat), trainer.device, patience=1.0)[0]
+        disc_ms = 1e3 * measure(lambda: trainer.disc_step(x, x_hat), trainer.device, patience=1.0)[0]
     return dict(
         {key: measured.get(key) for key in ("psnr", "ssim", "lpips", "sharpness", "kl_dim")},
         grad_norm_dec=of(statistics.median, "grad_norm_dec"), grad_norm_dec_max=of(max, "grad_norm_dec"),
