@@ -2420,7 +2420,7 @@ def save_ablation(done, out):
     if not bands:                                               # all ended before there was one
         return
     size = [*pairs.values()][0].height // 2
-    side, left, head = size * max(1, 128 // size), 60, 20
+    side, left, head = size * -(-128 // size), 60, 20           # 128 px or more
     height = head + 3 * side
     picture = Image.new("RGB", (left + side * max(map(len, bands)), height * len(bands)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
