@@ -978,10 +978,10 @@ def generator_step(vae, disc, x, *, perceptual=None, pixel_loss="l1", perceptual
     x: (B, 3, H, W) in [-1, 1]. vae: may be wrapped in DistributedDataParallel; disc, perceptual: may not. An
     encoder whose weights require no gradient costs no backward pass.
     disc_weight: w(t)·disc_weight; 0 leaves D out. texture: (x, x_hat) -> scalar, a loss that takes the place
-    of -E[D(x̂)]. logvar: 0-d parameter s, for L_rec/exp(s) + s in place of
-    L_rec; its gradient is not averaged over ranks. amp(): the networks' autocast context. loss_scale: factor
-    of all gradients (fp16's scale, 1/accumulate). -> x_hat, detached, and 0-d tensors under log.jsonl's
-    names, means of the batch before weighting. D's own gradients are not touched.
+    of -E[D(x̂)]. logvar: 0-d parameter s, for L_rec/exp(s) + s instead of L_rec; its gradient isn't averaged
+    over ranks. amp(): the networks' autocast context. loss_scale: factor of all gradients (fp16's scale,
+    1/accumulate). -> x_hat, detached, and 0-d tensors under log.jsonl's names, means of the batch before
+    weighting. D's own gradients are not touched.
     Needs: hinge_g_loss, adaptive_weight, last_layer_gradient, average_over_ranks.
     """
     N = x[0].numel()
@@ -1248,9 +1248,9 @@ def train(cfg, road=""):
 
     -> the Trainer. road: what no flag can change, see take_road; it must be given again to go on. Writes
     config.json, log.jsonl, samples/, last.pt, previous.pt, best.pt, healthy.pt and, where that is installed,
-    tensorboard/. Raises UsageError before anything is changed, or when too many
-    images have turned out bad; CollapseError after it has saved what shows it; RunError where a file cannot
-    be written; KeyboardInterrupt(number of the signal, text) after it has saved the run.
+    tensorboard/. Raises UsageError before anything is changed, or when too many images have turned out bad;
+    CollapseError after it has saved what shows it; RunError where a file cannot be written;
+    KeyboardInterrupt(number of the signal, text) after it has saved the run.
     Needs: all of the file.
     """
     out = Path(cfg.out)
