@@ -342,7 +342,7 @@ def test_the_three_lines_of_adaptive_weights_docstring_give_the_gradient_of_the_
     vae, disc = small_nets(torch.double)
     disc.eval()                                                                 # no power iteration between the two
     ours, x = copy.deepcopy(vae), images(dtype=torch.double)
-    lines = re.findall(r"^ {8}(\S.*)$", adaptive_weight.__doc__, re.M)
+    lines = re.findall(r"^ {4}(\S.*)$", inspect.getdoc(adaptive_weight), re.M)
     x_hat, _ = vae(x, generator=seeded(7))
     names = dict(torch=torch, adaptive_weight=adaptive_weight, W=vae.last_layer, x=x, rec_loss=(x - x_hat).abs().mean(), g_loss=-disc(x_hat).mean())
     exec("\n".join(lines), names)
