@@ -3,7 +3,7 @@
     python vaegan.py train --data DIR                         a folder of images; again: continues
     torchrun --nproc-per-node 8 vaegan.py train --data DIR    the same on 8 GPUs
     python vaegan.py eval --checkpoint run/sd-DIR/best.pt --data DIR
-    python vaegan.py ablate --data DIR                        what each loss and safeguard is worth
+    python vaegan.py ablate --preset tiny --data DIR          what each loss and safeguard is worth
 
 For images x in [-1, 1] of N = 3·H·W values, with z ~ q(z|x) = N(mean, std²) and x̂ = decode(z):
 
