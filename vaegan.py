@@ -2326,7 +2326,7 @@ def telling(images):
     grey = images.mean(1)                                       # (n, H, W)
     slope = torch.hypot(grey.diff(dim=1)[:, :, 1:], grey.diff(dim=2)[:, 1:]).flatten(1)
     mean, median = slope.mean(1), slope.median(1).values        # (n,)
-    return [int(measure.argmax()) for measure in (median, mean - median, -mean)]
+    return [int(score.argmax()) for score in (median, mean - median, -mean)]
 
 
 def measure_run(trainer, dataset, judge, folder):
@@ -2386,14 +2386,14 @@ def ablation_table(done):
                 "full": "L1, LPIPS, hinge GAN", "focal": "`focal_frequency_loss` in the GAN's place",
                 "gram": "`gram_loss`, likewise", "sobel": "`sobel_loss`, likewise",
                 "no-spectral-norm": "D's weights as they are"}[name]
-        measure, rows = key.removesuffix("_beside"), done["rows"][name]
-        values = {seed: row[measure] for seed, row in rows.items() if row.get(measure) not in (None, "")}
+        number, rows = key.removesuffix("_beside"), done["rows"][name]
+        values = {seed: row[number] for seed, row in rows.items() if row.get(number) not in (None, "")}
         if key == "collapsed":
             return f"{len(values)} of {len(rows)}" + ": " * bool(values) + ", ".join(values.values())
-        if key != measure:
+        if key != number:
             full = {} if name == "full" else done["rows"].get("full", {})
-            values = {seed: value - full[seed][measure] for seed, value in values.items()
-                      if full.get(seed, {}).get(measure) is not None}
+            values = {seed: value - full[seed][number] for seed, value in values.items()
+                      if full.get(seed, {}).get(number) is not None}
         spread = f" ± {statistics.stdev(values.values()):{digits[-3:]}}" if len(values) > 1 else ""
         return f"{statistics.mean(values.values()):{digits}}{spread}" if values else "–"
 
@@ -2523,7 +2523,8 @@ def ablate(cfg, only=(), seeds=()):
     device, held_out = launch(cfg)[0], open_data(cfg)[1]
     if not cfg.data:
         held_out = DeadLeaves(cfg.image_size, -1, length=64)    # no seed's run trains on these
-    held_out = torch.utils.data.Subset(held_out, range(0, len(held_out), -(-len(held_out) // 256)))
+    every = -(-len(held_out) // 256)
+    held_out = torch.stack([held_out[i] for i in range(0, len(held_out), every)])       # decoded once for all
     if cfg.perceptual_weight:
         Perceptual(cfg.perceptual_net)                          # if it cannot be had, this says so now
     net = "squeeze" if cfg.perceptual_net == "alex" else "alex"             # no judge in its own cause
