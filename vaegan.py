@@ -104,9 +104,8 @@ class Config:
             value = str(getattr(self, name))
             if value != "plateau" and not (value.isdigit() and value.endswith("0")):
                 self.refuse(name, "must be a multiple of 10, as a record is made every 10 steps")
-        factor = 2 ** (len(self.ch_mult) - 1)
-        if self.image_size % factor:
-            self.refuse("image_size", f"{len(self.ch_mult)} levels need a multiple of {factor}")
+        if self.image_size % 2 ** (len(self.ch_mult) - 1):
+            self.refuse("image_size", f"must be a multiple of {2 ** (len(self.ch_mult) - 1)}")
         if self.freeze_encoder and not self.init:
             self.refuse("freeze_encoder", "a new encoder is not worth keeping; give --init FILE")
         if self.texture == "gram" and not self.perceptual_weight:
@@ -131,9 +130,8 @@ class Config:
 
 # Sections 3 to 6 depend on torch and the standard library alone (Perceptual on lpips too): copy all
 # of section 3, and of the others what you want, with what a docstring names under "Needs:".
-
-# ---- 3. Autoencoder: kl-f8's computation under CompVis' parameter names, so files open elsewhere.
-# Source of all of it: CompVis latent-diffusion, ldm/modules/diffusionmodules/model.py.
+# ---- 3. Autoencoder: kl-f8's computation (CompVis latent-diffusion, ldm/modules/diffusionmodules/
+# model.py) under CompVis' parameter names, so that files open elsewhere.
 class GroupNorm(nn.GroupNorm):
     """32 groups where 32 divides `channels`, else of four channels; in fp32 under autocast too."""
     def __init__(self, channels):
@@ -257,8 +255,7 @@ class DiagonalGaussian:
         self.std = torch.exp(0.5 * self.logvar)
     def sample(self, generator=None):
         """z = mean + std·ε, ε ~ N(0, I): (B, C, h, w), differentiable."""
-        like = dict(device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, **like)
+        return self.mean + self.std * torch.empty_like(self.mean).normal_(generator=generator)
     def mode(self):
         """The mean: (B, C, h, w)."""
         return self.mean
@@ -269,9 +266,9 @@ class DiagonalGaussian:
 class AutoencoderKL(nn.Module):
     """The KL autoencoder; the defaults are kl-f8 of Stable Diffusion 1.x, of 83,653,863 parameters.
     Source: Rombach et al. 2022; CompVis ldm/models/autoencoder.py. x: (B, in_channels, H, W) in
-    [-1, 1], multiples of f = 2^(levels - 1); z: (B, z_channels, H/f, W/f); x_hat: as x, unbounded.
-    Posterior and x_hat have x's dtype, under autocast too. quant_conv=False: the layout of SD3 and
-    FLUX.1. recompute: keep at most 40 % of the activations; same gradients."""
+    [-1, 1], multiples of f = 2^(levels - 1); z: (B, z_channels, H/f, W/f); x_hat: as x, unbounded;
+    all of x's dtype, under autocast too. quant_conv=False: the layout of SD3 and FLUX.1.
+    recompute: keep at most 40 % of the activations, with the same gradients."""
     def __init__(self, in_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4,
                  quant_conv=True, recompute=False):
         super().__init__()
@@ -299,10 +296,10 @@ class AutoencoderKL(nn.Module):
 
 # ---- 4. Discriminator: is this patch of 70×70 pixels from a photograph?
 class PatchDiscriminator(nn.Module):
-    """70×70 PatchGAN with spectral norm: one realness logit for each of many overlapping patches.
-    Source: Isola et al. 2017, §6.1.2; layout and weights, N(0, 0.02), of taming-transformers.
-    Spectral norm (Miyato et al. 2018) replaces BatchNorm: D works at batch 1, treats real and fake
-    alike, and its slope is bounded. Each forward in training mode does one power iteration.
+    """70×70 PatchGAN: one realness logit for each of many overlapping patches.
+    Source: Isola et al. 2017, §6.1.2; layout and weights, N(0, 0.02), of taming-transformers, but
+    spectral norm (Miyato et al. 2018) instead of BatchNorm: D works at batch 1, treats real and
+    fake alike, and its slope is bounded; each forward in training mode does one power iteration.
     x: (B, in_channels, H, W), of at least 24 px -> logits (B, 1, H/8 - 2, W/8 - 2) of x's dtype."""
     def __init__(self, in_channels=3, ndf=64, n_layers=3, spectral=True):
         super().__init__()
@@ -335,8 +332,8 @@ def hinge_g_loss(logits_fake):
 def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=math.inf):
     """λ = ‖g_rec‖ / (‖g_adv‖ + ε), at most max_weight: λ·g_adv is then as strong as g_rec.
     g_rec, g_adv: gradients of both losses at the decoder's last layer -> scalar without a graph.
-    Source: Esser et al. 2021, eq. 7, without a bound; ε is latent-diffusion's, whose bound, 1e4 for
-    losses summed over an image, would be 1e4/N here: 0.05 at 256 px, which does bind."""
+    Source: Esser et al. 2021, eq. 7; ε is latent-diffusion's. Its bound, 1e4 for losses summed over
+    an image, would be 1e4/N here, 0.05 at 256 px, and bind: here is none."""
     return (g_rec.norm() / (g_adv.norm() + eps)).clamp(max=max_weight).detach()
 
 def r1_penalty(logits_real, x):
@@ -347,9 +344,9 @@ def r1_penalty(logits_real, x):
 
 class Perceptual(nn.Module):
     """LPIPS, the distance of two images in the features of a trained network: frozen, in eval mode.
-    Source: Zhang et al. 2018, eq. 1; weights of the `lpips` package. x, x_hat: (B, 3, H, W) in
-    [-1, 1] -> (B,), with a gradient to x_hat alone; under autocast the distance keeps x's dtype.
-    Raises FileNotFoundError where the weights cannot be had: never a random trunk."""
+    Source: Zhang et al. 2018, eq. 1, by the `lpips` package. x, x_hat: (B, 3, H, W) in [-1, 1] ->
+    (B,) of x's dtype, under autocast too, with a gradient to x_hat alone. Raises FileNotFoundError
+    where the weights cannot be had: never a random trunk."""
     def __init__(self, net="vgg"):
         super().__init__()
         try:
@@ -380,15 +377,13 @@ class WarmUp:
         D trains       no         yes               yes                   yes
         w(t)           0           0           rises linearly to 1         1
 
-    start: T, or "plateau": each half window the median of the last `window` losses is compared with
-    that of the window before. T is where it fell by less than `tolerance` for `patience` times in a
-    row, or the step `latest`. Noise hardly moves a median, still less three times in a row."""
+    start: T, or "plateau": where the median of the last `window` losses fell by less than the
+    `tolerance`, `patience` times in a row, half a window apart; at the latest by step `latest`."""
     def __init__(self, start="plateau", lead=0, ramp=0, window=10, tolerance=0.03, patience=3,
                  latest=math.inf):
         self.start = None if start == "plateau" else int(start)
-        self.lead, self.ramp = lead, ramp
-        self.window, self.tolerance = window, tolerance
-        self.patience, self.latest = patience, latest
+        self.lead, self.ramp, self.latest = lead, ramp, latest
+        self.window, self.tolerance, self.patience = window, tolerance, patience
         self.losses, self.flat = [], 0  # flat: comparisons in a row without a fall
     def observe(self, rec_loss, step):
         """Feed the reconstruction loss after `step` steps, a number -> whether that decides T."""
@@ -421,8 +416,7 @@ class WarmUp:
 
 # ---- 6. Collapse: its signs, each a number with a limit, and the rule by which they stop a run.
 def high_frequency_energy(x):
-    """Spectral energy above half of Nyquist, a mean over all values: (B, C, H, W) -> (B,).
-    A Hann window hides the jump from one border to the opposite one."""
+    """Spectral energy above half of Nyquist, a mean over all values: (B, C, H, W) -> (B,)."""
     height, width = x.shape[-2:]
     like = dict(dtype=x.dtype, device=x.device)
     window = torch.outer(torch.hann_window(height, periodic=False, **like),
@@ -443,7 +437,6 @@ class CollapseMonitor:
     """Notices, from a record every ten steps, that the training of a VAE-GAN goes wrong.
 
         monitor = CollapseMonitor()                 # or CollapseMonitor(rebound=3.0): other limits
-        ...
         if step % 10 == 0:                          # means of ten steps, and a look at the images
             record = dict(l2=…, rec_loss=…, kl_dim=…, grad_ratio=…, grad_norm_dec=…)
             monitor.assert_healthy(step, record | monitor.look(x, x_hat))   # raises CollapseError
@@ -469,7 +462,7 @@ class CollapseMonitor:
         self.record, self.alarm = 0, False  # records fed; whether a cause or damage was up lately
         self.series = {term: [] for term in self.TERMS}  # their last 21 values
         self.best = dict(corr=0.0, kl_dim=0.03, l2=math.inf, rec_loss=math.inf)
-        self.values, self.last_up = {}, {}  # {sign: value now}, {sign: [record, value] when last up}
+        self.values, self.last_up = {}, {}  # {sign: value}, {sign: [record, value] when last up}
     @staticmethod
     @torch.no_grad()
     def look(x, x_hat):
@@ -574,9 +567,9 @@ class ImageFolder(Dataset):
     """Square crops of all images in a folder and below: (3, size, size) uint8.
     train=True: item i, for any i >= 0, is of the i-th file of endless shuffled passes, cropped and
     flipped at random: a function of (seed, i). train=False: the centre of the i-th file by name.
-    hold_out=n: every n-th file that can be decoded is for train=False, the others for train=True.
-    A file that cannot be decoded is reported once, and the next one stands in. Raises UsageError if
-    none can be. Needs: UsageError, SUFFIXES, FORMATS, seed_of, pixels_of."""
+    hold_out=n: every n-th file is for train=False, the others for train=True. A file that cannot be
+    decoded is reported once, and the next one stands in. Raises UsageError if none can be.
+    Needs: UsageError, SUFFIXES, FORMATS, seed_of, pixels_of."""
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
         self.root, self.size = root, size
         self.is_train, self.seed = train, seed
@@ -590,8 +583,7 @@ class ImageFolder(Dataset):
         first, _ = self.decodable(0)
         if hold_out and len(self.files) > 1:
             held_out = self.files[first::hold_out]
-            rest = [file for file in self.files if file not in set(held_out)]
-            self.files = rest if train else held_out
+            self.files = sorted({*self.files} - {*held_out}) if train else held_out
             self.decodable(0)
     def __len__(self):
         return len(self.files)
@@ -638,8 +630,8 @@ class ImageFolder(Dataset):
 
 class DeadLeaves(Dataset):
     """Occluding discs with a power-law size: images with edges at all scales, as photographs have.
-    Source: Lee, Mumford & Huang 2001: radii ∝ r^-3 make the statistics scale-invariant. Item i, for
-    any i >= 0, is a function of (seed, i): (3, size, size) uint8. Needs: seed_of, pixels_of."""
+    Source: Lee, Mumford & Huang 2001: radii ∝ r^-3 make their statistics scale-invariant. Item i,
+    for any i >= 0, is a function of (seed, i): (3, size, size) uint8. Needs: seed_of, pixels_of."""
     def __init__(self, size, seed=0, length=100_000):
         self.size, self.seed, self.length = size, seed, length
     def __len__(self):
@@ -678,10 +670,9 @@ def generator_step(vae, x, *, adversary=None, perceptual=None, pixel_loss="l1",
     x: (B, 3, H, W) in [-1, 1]. vae: may be wrapped in DistributedDataParallel. adversary(x, image)
     -> scalar: -E[D(image)], or a loss in its place. weight: w(t)·disc_weight; 0 leaves it out.
     autocast(): the networks' context; losses, norms and λ are of x's dtype. scale: factor of all
-    gradients, a float or 0-d tensor (fp16's scale, 1/accumulate). terms: 0-d tensors, batch means
-    before weighting: l1, l2, lpips, rec_loss, kl (nats an image), kl_dim (nats a latent dimension);
-    with an adversary g_loss, lam (λ), w (weight·λ, or weight), grad_ratio (w·‖∇adv‖/‖∇rec‖).
-    Needs: adaptive_weight, average_over_ranks."""
+    gradients, a float or 0-d tensor. terms: 0-d tensors, means before weighting: l1, l2, lpips,
+    rec_loss, kl (nats an image), kl_dim (a latent dimension); with an adversary g_loss, lam, w (λ·
+    weight, or weight), grad_ratio (w·‖∇adv‖/‖∇rec‖). Needs: adaptive_weight, average_over_ranks."""
     last_layer = getattr(vae, "module", vae).last_layer
     with autocast():
         x_hat, posterior = vae(x, generator=generator)  # its only forward
@@ -797,7 +788,6 @@ class Trainer:
         if WORLD_SIZE > 1:
             self.vae_ddp = DistributedDataParallel(self.vae, gradient_as_bucket_view=True)
             self.disc_ddp = DistributedDataParallel(self.disc, gradient_as_bucket_view=True)
-
     def adversary(self, x, x_hat):
         """The loss that brings texture: -E[D(x̂)], or a road not taken."""
         if self.cfg.texture == "focal":
@@ -808,10 +798,8 @@ class Trainer:
             return gram_loss(self.perceptual.features(x), self.perceptual.features(x_hat)).mean()
         g_loss = non_saturating_g_loss if self.cfg.texture == "ns" else hinge_g_loss
         return g_loss(self.disc(x_hat))
-
     def penalty(self, x, x_hat):
         return 10 * gradient_penalty(self.disc, x, x_hat, self.noise)  # 10: Gulrajani 2017, §4
-
     def batches(self):
         """This rank's batches, (B, 3, H, W) uint8, from the next image on, without end."""
         size = self.cfg.batch_size
@@ -819,7 +807,6 @@ class Trainer:
         indices = (range(start, start + size) for start in starts)
         yield from DataLoader(self.train_set, batch_sampler=indices, num_workers=self.cfg.workers,
                               worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda")
-
     def update(self, batches):
         """One update of the autoencoder, and of D once it trains, from cfg.accumulate batches."""
         cfg, step = self.cfg, self.step
@@ -841,7 +828,6 @@ class Trainer:
                     penalty=self.penalty if cfg.texture == "wgan-gp" else None,
                     r1=16 * cfg.r1 if step % 16 == 0 else 0.0)  # lazy: Karras et al. 2020, §3.1
             self.unread.append(terms)
-
         self.scaler.unscale_(self.optimiser)
         for group, lr in zip(self.optimiser.param_groups, (cfg.lr, cfg.lr, cfg.lr_disc)):
             group["lr"] = lr
@@ -857,7 +843,6 @@ class Trainer:
         self.drawn += WORLD_SIZE * cfg.batch_size * cfg.accumulate
         if self.step % 10 == 0:
             self.unread.append(self.monitor.look(x, x_hat))
-
     def read_record(self):
         """-> the means of ten steps over all ranks, in one transfer from the device.
         What an fp16 overflow does: the scaler has skipped the step and halved its scale, so what is
@@ -877,12 +862,10 @@ class Trainer:
         images = 10 * WORLD_SIZE * self.cfg.batch_size * self.cfg.accumulate
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         return dict(record, lr=self.cfg.lr, images_per_s=images / seconds)
-
     @property
     def gan_comes_on(self):
         """Whether the ten steps after this record are the first with w > 0."""
         return self.warm_up.weight(self.step - 1) == 0 < self.warm_up.weight(self.step + 9)
-
     def validate(self):
         """Measure and draw the averaged weights, keep the best -> the val_ terms of the log."""
         measured = evaluate(self.average, self.val_set, self.device, self.perceptual,
@@ -898,7 +881,6 @@ class Trainer:
             write_whole(self.folder / "best.pt", self.state_dict())
         return {f"val_{name}": measured[name] for name in ("psnr", "ssim", "lpips", "sharpness")
                 if measured[name] is not None}
-
     def save(self):
         """Write last.pt. healthy.pt becomes the save before, if no cause or damage was up since; at
         the start, and at the last record before the GAN is felt, it becomes this one."""
@@ -909,7 +891,6 @@ class Trainer:
         if self.step == 0 or self.gan_comes_on and not self.monitor.alarm:
             write_whole(healthy, last.read_bytes())
         self.alarmed = False
-
     def report_collapse(self, error):
         """Write collapse.json, collapse.png (rows: image, healthy, now); go back to healthy.pt."""
         report = dict(vars(error), signs=self.monitor.values, limits=self.monitor.limits)
@@ -917,18 +898,15 @@ class Trainer:
         checkpoint = read_file(self.folder / "healthy.pt")
         healthy = copy.deepcopy(self.vae)
         healthy.load_state_dict(checkpoint["training"]["vae"])
-        picture = self.folder / "collapse.png"  # not of the average, which lags behind
-        save_grid(picture, self.val_set, self.device, healthy, self.vae)
+        save_grid(self.folder / "collapse.png", self.val_set, self.device, healthy, self.vae)
         write_whole(self.folder / "last.pt", (self.folder / "healthy.pt").read_bytes())
         cut_log(self.folder / "log.jsonl", checkpoint["step"])
-
     def state_dict(self):
         """What a checkpoint holds; its `state_dict`, the averaged weights, opens in diffusers."""
         training = {name: part.state_dict() for name, part in self.parts.items()}
         training.update(drawn=self.drawn, best=self.best)
         return dict(state_dict=self.average.state_dict(), config=asdict(self.cfg), step=self.step,
                     training=training, **self.latents)
-
     def load_state_dict(self, checkpoint):
         training = checkpoint["training"]
         for name, part in self.parts.items():
@@ -937,7 +915,6 @@ class Trainer:
         self.average.load_state_dict(checkpoint["state_dict"])
         self.latents = {name: checkpoint[name] for name in self.latents}
         self.step, self.drawn, self.best = checkpoint["step"], training["drawn"], training["best"]
-
     def begin_or_continue(self):
         """Go on from last.pt, or where there is none from healthy.pt; else begin the folder."""
         saves = [*self.folder.glob("last.pt"), *self.folder.glob("healthy.pt")]
@@ -957,8 +934,8 @@ class Trainer:
 
 def train(cfg, signals=()):
     """Train as cfg says, alone or as one of torchrun's processes; the same cfg again continues.
-    signals: a list that may get the number of one. Raises UsageError before anything is written,
-    CollapseError after a report, KeyboardInterrupt(number, text) after a save."""
+    signals: a list that may get the number of one; then KeyboardInterrupt(number, text) is raised
+    after a save. Raises UsageError before anything is written, CollapseError after a report."""
     run = Trainer(cfg, launch(cfg.device))
     run.begin_or_continue()
     warned = False
@@ -989,18 +966,19 @@ def train(cfg, signals=()):
             ends = run.step == cfg.steps
             if ends or run.step % cfg.sample_every == 0:
                 record |= run.validate()
-            append_json(run.folder / "log.jsonl", record)  # before the save, or a kill loses it
+            if RANK == 0:  # before the save, or a kill could lose the record
+                with open(run.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(record) + "\n")
             if ends or run.step % cfg.save_every == 0 or run.gan_comes_on or stop:
                 run.save()
-            shown = [name for name in ("l1", "lpips", "kl_dim", "d_acc", "w") if name in record]
-            bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
+            shown = record.keys() & {"l1", "lpips", "kl_dim", "d_acc", "w"}
+            bar.set_postfix({name: f"{record[name]:.3g}" for name in sorted(shown)})
             if stop and not ends:
                 raise KeyboardInterrupt(stop, f"saved step {run.step}; the same command goes on")
     tqdm.write(f"{run.folder}: {run.step} steps done; a larger --steps goes on from here")
 
 # ---- 10. Processes, files, pictures.
-RANK = int(os.environ.get("RANK", 0))  # both set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def launch(kind):
     """-> the device of a kind, or of the best kind. Under torchrun it joins the other processes."""
@@ -1067,12 +1045,6 @@ def write_whole(path, content):
         os.replace(beside, path)
     wait_for_ranks()
 
-def append_json(path, record):
-    """Rank 0 appends a line to log.jsonl."""
-    if RANK == 0:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
 def cut_log(path, step):
     """Keep the whole records of log.jsonl up to a step."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -1102,17 +1074,15 @@ def read_file(path):
                          "away; .safetensors take `pip install safetensors`") from None
 
 DIFFUSERS = (  # a pattern in the names of others, what CompVis writes there
-    (r"^(first_stage_model|vae)\.", ""), (r"conv_norm_out", "norm_out"),
+    (r"^(first_stage_model|vae)\.", ""), (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
     (r"(down|up)_blocks\.(\d)\.resnets", r"\1.\2.block"), (r"conv_shortcut", "nin_shortcut"),
     (r"(down|up)_blocks\.(\d)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
-    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0", "mid.attn_1"), (r"attn_1\.group_norm", "attn_1.norm"),
-    (r"attn_1\.(to_out\.0|proj_attn)", "attn_1.proj_out"),
+    (r"conv_norm_out", "norm_out"), (r"group_norm", "norm"), (r"to_out\.0|proj_attn", "proj_out"),
     (r"attn_1\.(to_)?([qkv])(uery|ey|alue)?\.", r"attn_1.\2."))
 
 def compvis_weights(weights):
-    """{name: tensor} in CompVis' or diffusers' names -> the autoencoder's alone, in CompVis'.
-    Diffusers counts the decoder's levels from the coarsest."""
+    """{name: tensor} in CompVis' or diffusers' names -> the autoencoder's alone, in CompVis'."""
     ups = [name for name in weights if re.search(r"decoder\.up_blocks\.\d\.upsamplers.*bias", name)]
     result = {}
     for name, weight in weights.items():
@@ -1170,10 +1140,9 @@ def ssim(x, x_hat):
 @torch.no_grad()
 def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8):
     """Measure a dataset of uint8 images, decoded from the posteriors' means and clamped -> dict:
-    images, how many; psnr (dB), ssim, lpips (None without `perceptual`), kl_dim (nats a latent
-    dimension): means; sharpness: high-frequency energy of all x̂ / of all x; of samples z 1/std,
-    scaling_factor, and mean, shift_factor, over all values (Rombach et al. 2022, appendix G).
-    Needs: to_model, psnr, ssim, high_frequency_energy."""
+    images, how many; the means psnr (dB), ssim, lpips (or None), kl_dim (nats a latent dimension);
+    sharpness, high-frequency energy of all x̂ / of all x; scaling_factor, 1/std of all values of
+    samples z, and shift_factor, their mean. Needs: to_model, psnr, ssim, high_frequency_energy."""
     noise, rows = torch.Generator(device).manual_seed(0), []
     for images in DataLoader(dataset, batch_size):
         x = to_model(images, device)
@@ -1327,6 +1296,5 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         # Two gloo ranks with DDP and sys.exit aborted in 8 of 66 runs, in 0 of 22 with os._exit.
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(exit_status)
     sys.exit(exit_status)
