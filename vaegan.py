@@ -86,7 +86,7 @@ class Config:
     device: str = arg("auto", "to train on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = arg("auto", "of the networks", choices=("auto", "fp32", "bf16", "fp16"))
     recompute: bool = arg(True, "half of the memory for a few percent of the time")
-    preset: str = arg("sd", "sd: kl-f8; tiny: for a CPU; auto", choices=("auto", "sd", "tiny"))
+    preset: str = arg("auto", "auto: sd on a CUDA GPU, else tiny", choices=("auto", "sd", "tiny"))
     out: str = arg("", "folder of the run; none: run/PRESET-NAME, NAME being --data's")
     sample_every: int = arg(1000, "steps between validations with pictures", least=10)
     save_every: int = arg(1000, "steps between saves of last.pt", least=10)
@@ -386,15 +386,15 @@ class WarmUp:
         self.window, self.tolerance, self.patience = window, tolerance, patience
         self.losses, self.flat = [], 0  # flat: comparisons in a row without a fall
     def observe(self, rec_loss, step):
-        """Feed the reconstruction loss after `step` steps, a number -> whether that decides T."""
+        """Feed the reconstruction loss of a record (ten steps) -> whether that decides T."""
         if self.start is not None:
             return False
         self.losses.append(rec_loss)
-        if len(self.losses) == 2 * self.window:
-            before = statistics.median(self.losses[:self.window])
-            now = statistics.median(self.losses[self.window:])
+        if len(self.losses) >= 2 * self.window:
+            before = statistics.median(self.losses[-2 * self.window:-self.window])
+            now = statistics.median(self.losses[-self.window:])
             self.flat = self.flat + 1 if now > (1 - self.tolerance) * before else 0
-            self.losses = self.losses[(self.window + 1) // 2:]
+            self.losses = self.losses[(self.window + 1) // 2 - 2 * self.window:]
         if self.flat >= self.patience or step >= self.latest:
             self.start = step
         return self.start is not None
@@ -459,10 +459,11 @@ class CollapseMonitor:
         self.limits = {sign: limits.pop(sign, row[0]) for sign, row in self.SIGNS.items()}
         if limits:
             raise TypeError(f"no such sign: {', '.join(limits)}")
-        self.record, self.alarm = 0, False  # records fed; whether a cause or damage was up lately
+        self.records, self.alarm = 0, False  # how many were fed; was a cause or damage up?
         self.series = {term: [] for term in self.TERMS}  # their last 21 values
         self.best = dict(corr=0.0, kl_dim=0.03, l2=math.inf, rec_loss=math.inf)
-        self.values, self.last_up = {}, {}  # {sign: value}, {sign: [record, value] when last up}
+        self.values = {}  # {sign: its value in the newest record}
+        self.last_up = {sign: [-9, 0.0] for sign in self.SIGNS}  # in which record, and its value
     @staticmethod
     @torch.no_grad()
     def look(x, x_hat):
@@ -484,18 +485,19 @@ class CollapseMonitor:
     def assert_healthy(self, step, terms):
         """Feed the record of a step, {term: number or 0-d tensor}. Raises CollapseError."""
         terms = {name: float(value) for name, value in terms.items()}
-        for name, value in terms.items():
-            if not math.isfinite(value):
-                raise CollapseError(step=step, sign=name, value=value, limit=math.inf,
-                                    cause="overflow", remedy="a smaller --lr, --precision fp32")
-        was_damaged = any(self.up_within(0, sign) for sign in self.DAMAGE)
-        self.record += 1
+        broken = [name for name, value in terms.items() if not math.isfinite(value)]
+        if broken:
+            raise CollapseError(step=step, sign="non_finite", value=len(broken), limit=0,
+                                cause=f"overflow of {', '.join(broken)}; all terms: {terms}",
+                                remedy="a smaller --lr, or --precision fp32")
+        was_damaged = any(self.last_up[sign][0] == self.records for sign in self.DAMAGE)
+        self.records += 1
         self.values = {sign: v for sign, v in self.measure(terms).items() if not math.isnan(v)}
         for sign, value in self.values.items():
             if value > self.limits[sign]:
-                self.last_up[sign] = [self.record, value]
-        causes = [sign for sign in self.CAUSES if self.up_within(5, sign)]
-        damage = [sign for sign in self.DAMAGE if self.up_within(0, sign)]
+                self.last_up[sign] = [self.records, value]
+        causes = [sign for sign in self.CAUSES if self.last_up[sign][0] >= self.records - 5]
+        damage = [sign for sign in self.DAMAGE if self.last_up[sign][0] == self.records]
         self.alarm = bool(causes or damage)
         if damage and (causes or was_damaged):
             sign, culprit = damage[0], (causes + damage)[0]
@@ -503,17 +505,15 @@ class CollapseMonitor:
             cause = f"{culprit}: {measured} was {self.last_up[culprit][1]:.3g}"
             raise CollapseError(step=step, sign=sign, value=self.values[sign],
                                 limit=self.limits[sign], cause=cause, remedy=remedy)
-    def up_within(self, records, sign):
-        return sign in self.last_up and self.record - self.last_up[sign][0] <= records
     def measure(self, terms):
         """-> {sign: value}; nan, which exceeds no limit, where a term is missing."""
         for term in self.TERMS:
             self.series[term] = [*self.series[term], terms.get(term, math.nan)][-21:]
         grad_ratio, kl_dim = self.series["grad_ratio"][-1], self.series["kl_dim"][-1]
-        self.best["kl_dim"] = max(self.best["kl_dim"], min(kl_dim, 1.0))  # nats a latent dimension
+        self.best["kl_dim"] = max(self.best["kl_dim"], min(kl_dim, 1.0))  # at least 0.03, at most 1
         self.best["corr"] = max(self.best["corr"], self.median("corr"))
         dominates = grad_ratio > self.limits["domination"]
-        has_picture = self.best["corr"] > 0.5 or dominates or self.record >= 100
+        has_picture = self.best["corr"] > 0.5 or dominates or self.records >= 100
         return dict(
             domination=grad_ratio,
             spike=self.deviations("grad_norm_dec"),
@@ -525,7 +525,7 @@ class CollapseMonitor:
         """Of the last three records, so that one odd batch does not count."""
         return float(torch.tensor(self.series[term][-3:]).median())
     def rise(self, term):
-        """dB of the last 2 records above the best 5 running, forgotten by 0.005 dB a record."""
+        """dB of the last 2 records' mean above the best mean of 5, forgotten by 0.005 a record."""
         levels = 10 * torch.tensor(self.series[term][-5:]).clamp(min=1e-12).log10()
         if len(levels) < 5 or levels.isnan().any():
             return 0.0
@@ -549,7 +549,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, which is a program
 
 def seed_of(*numbers):
-    """A 63-bit seed of integers, mixed so well that neighbouring steps share nothing."""
+    """A 63-bit seed. Where randomness comes from: weights are of --seed, the noise in z of (seed,
+    step, rank), image i of (seed, pass, place); so a stopped run goes on to the bit."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -579,12 +580,12 @@ class ImageFolder(Dataset):
                            if name.lower().endswith(SUFFIXES)]
         self.files.sort()
         self.epoch, self.order = None, None  # the newest shuffled pass
-        self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # by workers
-        first, _ = self.decodable(0)
         if hold_out and len(self.files) > 1:
+            first, _ = self.decodable(0, report=False)
             held_out = self.files[first::hold_out]
             self.files = sorted({*self.files} - {*held_out}) if train else held_out
-            self.decodable(0)
+        self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # by workers
+        self.decodable(0)
     def __len__(self):
         return len(self.files)
     def __getitem__(self, i):
@@ -596,13 +597,13 @@ class ImageFolder(Dataset):
             self.epoch, self.order = epoch, torch.randperm(len(self), generator=generator).tolist()
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, k))
         return self.crop(self.decodable(self.order[k])[1], generator)
-    def decodable(self, k):
+    def decodable(self, k, report=True):
         """-> index and image of file k, or of the next one that can be decoded."""
         for index in itertools.chain(range(k, len(self)), range(k)):
             try:
                 return index, self.decode(self.files[index])
             except Exception as error:  # decoders raise what they like
-                if not self.broken[index]:
+                if report and not self.broken[index]:
                     self.broken[index] = True
                     tqdm.write(f"skipped {self.files[index]!r}: {error}", file=sys.stderr)
         raise UsageError(f"{self.root}: no image here or below; give a folder that holds some")
@@ -629,9 +630,8 @@ class ImageFolder(Dataset):
         return pixels
 
 class DeadLeaves(Dataset):
-    """Occluding discs with a power-law size: images with edges at all scales, as photographs have.
-    Source: Lee, Mumford & Huang 2001: radii ∝ r^-3 make their statistics scale-invariant. Item i,
-    for any i >= 0, is a function of (seed, i): (3, size, size) uint8. Needs: seed_of, pixels_of."""
+    """Occluding discs with radii ∝ r^-3: edges at all scales, as photographs have (Lee, Mumford &
+    Huang 2001). Item i is a function of (seed, i): (3, size, size) uint8. Needs: seed_of, pixels_of."""
     def __init__(self, size, seed=0, length=100_000):
         self.size, self.seed, self.length = size, seed, length
     def __len__(self):
@@ -746,7 +746,7 @@ class Trainer:
         self.step, self.drawn = 0, 0  # updates done; images drawn for them, by all ranks
         self.best, self.latents = -math.inf, dict(scaling_factor=None, shift_factor=None)
         self.unread, self.clock = [], time.perf_counter()  # terms since the last record, its time
-        self.alarmed = False  # whether a cause or damage has been up since last.pt
+        self.has_last, self.alarmed = False, False  # is there a last.pt; any alarm since then
         self.train_set, val_set = open_data(cfg, train=True), open_data(cfg, train=False)
         self.val_set = Subset(val_set, range(0, len(val_set), len(val_set) // 256 + 1))
 
@@ -759,7 +759,7 @@ class Trainer:
             self.vae = AutoencoderKL(3, cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels,
                                      recompute=cfg.recompute)
         self.vae.to(**on)
-        self.average = copy.deepcopy(self.vae)  # what is shown, measured and saved
+        self.average = copy.deepcopy(self.vae)  # what is measured, drawn, and saved for use
         self.vae.encoder.requires_grad_(not cfg.freeze_encoder)
         self.vae.quant_conv.requires_grad_(not cfg.freeze_encoder)
         spectral = cfg.spectral and cfg.texture != "wgan-gp"  # whose penalty bounds D instead
@@ -845,8 +845,8 @@ class Trainer:
             self.unread.append(self.monitor.look(x, x_hat))
     def read_record(self):
         """-> the means of ten steps over all ranks, in one transfer from the device.
-        What an fp16 overflow does: the scaler has skipped the step and halved its scale, so what is
-        said of gradients is left out. With a scale below 1 it stays, and stops the run."""
+        What an fp16 overflow does: the scaler has skipped the step and halved its scale; terms of
+        gradients are dropped here. With a scale below 1 they are kept, and the monitor stops."""
         series = {}
         for terms in self.unread:
             for name, value in terms.items():
@@ -874,6 +874,7 @@ class Trainer:
         picture = self.folder / f"samples/{self.step:07d}.png"
         save_grid(picture, self.val_set, self.device, self.average)
         score = measured["psnr"] if measured["lpips"] is None else -measured["lpips"]
+        score = float(average_over_ranks(torch.tensor(score)))  # the same on all, to the bit
         if self.has_gan and self.warm_up.weight(self.step - 1) < 1:
             score -= 1e6  # no blurred image stays the best
         if score > self.best:
@@ -885,39 +886,39 @@ class Trainer:
         """Write last.pt. healthy.pt becomes the save before, if no cause or damage was up since; at
         the start, and at the last record before the GAN is felt, it becomes this one."""
         last, healthy = self.folder / "last.pt", self.folder / "healthy.pt"
-        if last.exists() and not self.alarmed:
+        if self.has_last and not self.alarmed:
             write_whole(healthy, last.read_bytes())
         write_whole(last, self.state_dict())
         if self.step == 0 or self.gan_comes_on and not self.monitor.alarm:
             write_whole(healthy, last.read_bytes())
-        self.alarmed = False
+        self.has_last, self.alarmed = True, self.monitor.alarm
     def report_collapse(self, error):
         """Write collapse.json, collapse.png (rows: image, healthy, now); go back to healthy.pt."""
         report = dict(vars(error), signs=self.monitor.values, limits=self.monitor.limits)
         write_whole(self.folder / "collapse.json", json.dumps(report, indent=1).encode())
-        checkpoint = read_file(self.folder / "healthy.pt")
-        healthy = copy.deepcopy(self.vae)
-        healthy.load_state_dict(checkpoint["training"]["vae"])
+        saved, healthy = read_file(self.folder / "healthy.pt"), copy.deepcopy(self.vae)
+        healthy.load_state_dict(saved["training"]["vae"])
         save_grid(self.folder / "collapse.png", self.val_set, self.device, healthy, self.vae)
         write_whole(self.folder / "last.pt", (self.folder / "healthy.pt").read_bytes())
-        cut_log(self.folder / "log.jsonl", checkpoint["step"])
+        cut_log(self.folder / "log.jsonl", saved["step"])
     def state_dict(self):
         """What a checkpoint holds; its `state_dict`, the averaged weights, opens in diffusers."""
         training = {name: part.state_dict() for name, part in self.parts.items()}
         training.update(drawn=self.drawn, best=self.best)
         return dict(state_dict=self.average.state_dict(), config=asdict(self.cfg), step=self.step,
                     training=training, **self.latents)
-    def load_state_dict(self, checkpoint):
-        training = checkpoint["training"]
+    def load_state_dict(self, saved):
+        training = saved["training"]
         for name, part in self.parts.items():
             if training[name]:  # the scaler's is empty in fp32
                 part.load_state_dict(training[name])
-        self.average.load_state_dict(checkpoint["state_dict"])
-        self.latents = {name: checkpoint[name] for name in self.latents}
-        self.step, self.drawn, self.best = checkpoint["step"], training["drawn"], training["best"]
+        self.average.load_state_dict(saved["state_dict"])
+        self.latents = {name: saved[name] for name in self.latents}
+        self.step, self.drawn, self.best = saved["step"], training["drawn"], training["best"]
     def begin_or_continue(self):
         """Go on from last.pt, or where there is none from healthy.pt; else begin the folder."""
         saves = [*self.folder.glob("last.pt"), *self.folder.glob("healthy.pt")]
+        self.has_last = (self.folder / "last.pt").exists()
         if saves:
             try:
                 self.load_state_dict(read_file(saves[0]))
@@ -951,14 +952,14 @@ def train(cfg, signals=()):
             stop = wait_for_ranks(max(signals, default=0))  # the signal that any rank got
             event = ""
             if run.has_gan and run.warm_up.observe(record["rec_loss"], run.step):
-                event = "the reconstruction loss has saturated: D starts to train"
+                event = f"the warm-up is over; the GAN is felt after {cfg.disc_lead} more steps"
             try:
                 run.monitor.assert_healthy(run.step, record)
             except CollapseError as error:
-                if cfg.on_collapse == "stop" or not math.isfinite(error.value):
+                if cfg.on_collapse == "stop" or error.sign == "non_finite":
                     run.report_collapse(error)
                     raise
-                event, warned = "" if warned else str(error), True
+                event, warned = event if warned else str(error), True
             run.alarmed |= run.monitor.alarm
             if event:
                 record["event"] = event
@@ -1013,7 +1014,8 @@ def wait_for_ranks(number=0):
     return int(largest)
 
 def catch_signals():
-    """-> a list that gets the number of a SIGINT or SIGTERM; a second one ends the process."""
+    """-> a list that gets the number of a SIGINT or SIGTERM: train saves within ten steps, main
+    exits with 128 + number. The same one again ends the process at once."""
     caught = []
     def catch(number, frame):
         caught.append(number)
@@ -1031,8 +1033,8 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def write_whole(path, content):
-    """Rank 0 writes bytes, or a dict by torch.save, beside, flushes them to the disk, and renames:
-    there is never half a file. The others wait, or torchrun would end rank 0 in its write."""
+    """Rank 0 writes bytes, or a dict by torch.save, beside, flushes, renames: there is never half a
+    file. The other ranks wait: if one left, torchrun would end rank 0 in its write."""
     if RANK == 0:
         beside = path.with_name(path.name + ".tmp")
         with open(beside, "wb") as file:
