@@ -199,8 +199,7 @@ class Upsample(nn.Module):
 
 def residual_level(c_in, c_out, n, recompute):
     """n residual blocks, the first of which changes the width; a change of size may be added."""
-    widths = [c_in] + [c_out] * n
-    blocks = [ResnetBlock(widths[i], c_out, recompute) for i in range(n)]
+    blocks = [ResnetBlock(c, c_out, recompute) for c in [c_in] + [c_out] * (n - 1)]
     return nn.Sequential(OrderedDict(block=nn.Sequential(*blocks)))
 
 def middle(channels, recompute):
@@ -569,8 +568,7 @@ class ImageFolder(Dataset):
     train=True: item i, for any i >= 0, is of the i-th file of endless shuffled passes, cropped and
     flipped at random: a function of (seed, i). train=False: the centre of the i-th file by name.
     hold_out=n: every n-th file is for train=False, the others for train=True. A file that cannot be
-    decoded is reported once, and the next one stands in. Raises UsageError if none can be.
-    Needs: UsageError, SUFFIXES, FORMATS, seed_of, pixels_of."""
+    decoded is reported once, and the next one stands in. Raises UsageError if none can be."""
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
         self.root, self.size = root, size
         self.is_train, self.seed = train, seed
@@ -631,7 +629,7 @@ class ImageFolder(Dataset):
 
 class DeadLeaves(Dataset):
     """Occluding discs with radii ∝ r^-3: edges at all scales, as photographs have (Lee, Mumford &
-    Huang 2001). Item i is a function of (seed, i): (3, size, size) uint8. Needs: seed_of, pixels_of."""
+    Huang 2001). Item i, for any i >= 0, is a function of (seed, i): (3, size, size) uint8."""
     def __init__(self, size, seed=0, length=100_000):
         self.size, self.seed, self.length = size, seed, length
     def __len__(self):
@@ -653,7 +651,7 @@ class DeadLeaves(Dataset):
         return pixels_of(canvas.resize((self.size, self.size), Image.Resampling.BOX))
 
 def open_data(cfg, train):
-    """The training set of a Config, or the held-out one. Needs: ImageFolder, DeadLeaves."""
+    """The training set of a Config, or the held-out one."""
     folder = cfg.data if train else cfg.val or cfg.data
     if folder:
         return ImageFolder(folder, cfg.image_size, train, cfg.seed, hold_out=0 if cfg.val else 20)
@@ -1144,7 +1142,7 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8):
     """Measure a dataset of uint8 images, decoded from the posteriors' means and clamped -> dict:
     images, how many; the means psnr (dB), ssim, lpips (or None), kl_dim (nats a latent dimension);
     sharpness, high-frequency energy of all x̂ / of all x; scaling_factor, 1/std of all values of
-    samples z, and shift_factor, their mean. Needs: to_model, psnr, ssim, high_frequency_energy."""
+    samples z, and shift_factor, their mean."""
     noise, rows = torch.Generator(device).manual_seed(0), []
     for images in DataLoader(dataset, batch_size):
         x = to_model(images, device)
