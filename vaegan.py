@@ -570,8 +570,7 @@ class ImageFolder(Dataset):
     hold_out=n: every n-th file is for train=False, the others for train=True. A file that cannot be
     decoded is reported once, and the next one stands in. Raises UsageError if none can be."""
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
-        self.root, self.size = root, size
-        self.is_train, self.seed = train, seed
+        self.root, self.size, self.is_train, self.seed = root, size, train, seed
         self.files = []
         for folder, _, names in os.walk(root, followlinks=True):
             self.files += [os.path.join(folder, name) for name in names
@@ -900,19 +899,20 @@ class Trainer:
         write_whole(self.folder / "last.pt", (self.folder / "healthy.pt").read_bytes())
         cut_log(self.folder / "log.jsonl", saved["step"])
     def state_dict(self):
-        """What a checkpoint holds; its `state_dict`, the averaged weights, opens in diffusers."""
+        """What a checkpoint holds. `state_dict`, the averaged weights, opens in diffusers as it is;
+        `training` is what continuing takes, with the weights that are trained."""
         training = {name: part.state_dict() for name, part in self.parts.items()}
-        training.update(drawn=self.drawn, best=self.best)
-        return dict(state_dict=self.average.state_dict(), config=asdict(self.cfg), step=self.step,
-                    training=training, **self.latents)
+        weights = {name: weight.contiguous() for name, weight in self.average.state_dict().items()}
+        return dict(self.latents, state_dict=weights, config=asdict(self.cfg), step=self.step,
+                    training=dict(training, drawn=self.drawn, best=self.best))
     def load_state_dict(self, saved):
         training = saved["training"]
         for name, part in self.parts.items():
             if training[name]:  # the scaler's is empty in fp32
                 part.load_state_dict(training[name])
         self.average.load_state_dict(saved["state_dict"])
-        self.latents = {name: saved[name] for name in self.latents}
-        self.step, self.drawn, self.best = saved["step"], training["drawn"], training["best"]
+        self.step, self.drawn = saved["step"], training["drawn"]
+        self.best, self.latents = training["best"], {name: saved[name] for name in self.latents}
     def begin_or_continue(self):
         """Go on from last.pt, or where there is none from healthy.pt; else begin the folder."""
         saves = [*self.folder.glob("last.pt"), *self.folder.glob("healthy.pt")]
@@ -1247,8 +1247,8 @@ def parse(argv):
 def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
     """Print a table of what evaluate gives, a row a checkpoint; draw compare.png with `save`."""
     device = launch(device)
-    loaded = [load_autoencoder(path) for path in checkpoint]
-    size = image_size or loaded[0][1].get("config", {}).get("image_size", 256)
+    vaes, contents = zip(*[load_autoencoder(path) for path in checkpoint])
+    size = image_size or contents[0].get("config", {}).get("image_size", 256)
     dataset = ImageFolder(data, size, train=False) if data else DeadLeaves(size, 1, length=64)
     perceptual, about = None, f"LPIPS-{perceptual_net}"
     try:
@@ -1259,14 +1259,14 @@ def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
                    scaling_factor=".5f", shift_factor=".4f")
     print(f"{len(dataset)} centre crops of {size} px, decoded means, {about}\n")
     print(f"| checkpoint | step | {' | '.join(columns)} |\n{'|---' * 9}|")
-    for path, (vae, content) in zip(checkpoint, loaded):
+    for path, vae, content in zip(checkpoint, vaes, contents):
         measured = evaluate(vae.to(device), dataset, device, perceptual)
         cells = ["–" if measured[name] is None else format(measured[name], digits)
                  for name, digits in columns.items()]
         print(f"| {path} | {content.get('step', '–')} | {' | '.join(cells)} |", flush=True)
     if save:
         Path(save).mkdir(parents=True, exist_ok=True)
-        save_grid(Path(save) / "compare.png", dataset, device, *[vae for vae, _ in loaded])
+        save_grid(Path(save) / "compare.png", dataset, device, *vaes)
 
 def main(argv=None):
     """Run a command line -> exit status: 0 done, 1 a fault of the machine, 2 bad input,
