@@ -24,10 +24,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch import nn
+from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -256,7 +255,6 @@ class DiagonalGaussian:
         """z = mean + std·ε, ε ~ N(0, I): (B, C, h, w), differentiable."""
         return self.mean + self.std * torch.empty_like(self.mean).normal_(generator=generator)
     def mode(self):
-        """The mean: (B, C, h, w)."""
         return self.mean
     def kl(self):
         """KL(q ‖ N(0, I)) in nats, summed over C, h, w: (B,)."""
@@ -331,8 +329,7 @@ def hinge_g_loss(logits_fake):
 def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=math.inf):
     """λ = ‖g_rec‖ / (‖g_adv‖ + ε), at most max_weight: λ·g_adv is then as strong as g_rec.
     g_rec, g_adv: gradients of both losses at the decoder's last layer -> scalar without a graph.
-    Source: Esser et al. 2021, eq. 7; ε is latent-diffusion's. Its bound, 1e4 for losses summed over
-    an image, would be 1e4/N here, 0.05 at 256 px, and bind: here is none."""
+    Source: Esser et al. 2021, eq. 7, without a bound; ε is latent-diffusion's."""
     return (g_rec.norm() / (g_adv.norm() + eps)).clamp(max=max_weight).detach()
 
 def r1_penalty(logits_real, x):
@@ -344,8 +341,8 @@ def r1_penalty(logits_real, x):
 class Perceptual(nn.Module):
     """LPIPS, the distance of two images in the features of a trained network: frozen, in eval mode.
     Source: Zhang et al. 2018, eq. 1, by the `lpips` package. x, x_hat: (B, 3, H, W) in [-1, 1] ->
-    (B,) of x's dtype, under autocast too, with a gradient to x_hat alone. Raises FileNotFoundError
-    where the weights cannot be had: never a random trunk."""
+    (B,) of x's dtype, with a gradient to x_hat alone. Raises FileNotFoundError where the weights
+    cannot be had: never a random trunk."""
     def __init__(self, net="vgg"):
         super().__init__()
         try:
@@ -434,16 +431,12 @@ class CollapseError(AssertionError):
 
 class CollapseMonitor:
     """Notices, from a record every ten steps, that the training of a VAE-GAN goes wrong.
-
-        monitor = CollapseMonitor()                 # or CollapseMonitor(rebound=3.0): other limits
-        if step % 10 == 0:                          # means of ten steps, and a look at the images
-            record = dict(l2=…, rec_loss=…, kl_dim=…, grad_ratio=…, grad_norm_dec=…)
-            monitor.assert_healthy(step, record | monitor.look(x, x_hat))   # raises CollapseError
-
-    A sign is up while its value exceeds its limit. Collapsed: damage is up in two records running,
-    or in one within five records of a cause, or a term is not finite. z_ignored and noise count
-    once there was a picture (correlation over ½), while the GAN dominates, or after 100 records.
-    Needs: CollapseError, high_frequency_energy."""
+    Feed assert_healthy with means of ten steps, as far as you have them, of l2, rec_loss, kl_dim,
+    grad_norm_dec (before clipping) and grad_ratio (w·‖∇adv‖/‖∇rec‖), and with what `look` measures.
+    A sign is up while its value exceeds its limit; CollapseMonitor(rebound=3.0) sets another limit.
+    Collapsed: damage is up in two records running, or in one within five records of a cause, or a
+    term is not finite. z_ignored and noise count once there was a picture (correlation over ½), while
+    the GAN dominates, or after 100 records. Needs: CollapseError, high_frequency_energy."""
     SIGNS = dict(  # sign: limit, what is measured, remedy
         domination=(3.0, "gradient of GAN / reconstruction", "--adaptive, a smaller --disc-weight"),
         spike=(5.0, "decoder's gradient norm in deviations", "a smaller --lr or --disc-weight"),
@@ -605,7 +598,6 @@ class ImageFolder(Dataset):
                     tqdm.write(f"skipped {self.files[index]!r}: {error}", file=sys.stderr)
         raise UsageError(f"{self.root}: no image here or below; give a folder that holds some")
     def decode(self, file):
-        """-> an RGB image, upright."""
         with Image.open(file, formats=FORMATS) as image:
             image.draft("RGB", (2 * self.size, 2 * self.size))  # a large JPEG at 1/2, 1/4 or 1/8
             image = ImageOps.exif_transpose(image)
@@ -613,7 +605,6 @@ class ImageFolder(Dataset):
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             return image.convert("RGB")
     def crop(self, image, generator=None):
-        """A random square, perhaps flipped; without a generator the centre."""
         side = min(self.size, *image.size)
         x, y = (image.width - side) // 2, (image.height - side) // 2
         if generator:
@@ -627,8 +618,8 @@ class ImageFolder(Dataset):
         return pixels
 
 class DeadLeaves(Dataset):
-    """Occluding discs with radii ∝ r^-3: edges at all scales, as photographs have (Lee, Mumford &
-    Huang 2001). Item i, for any i >= 0, is a function of (seed, i): (3, size, size) uint8."""
+    """Occluding discs with radii ∝ r^-3: edges at all scales, as in photographs (Lee, Mumford & Huang
+    2001), each with a grating. Item i is a function of (seed, i): (3, size, size) uint8."""
     def __init__(self, size, seed=0, length=100_000):
         self.size, self.seed, self.length = size, seed, length
     def __len__(self):
@@ -639,15 +630,22 @@ class DeadLeaves(Dataset):
         r_min, r_max = 6.0, side / 2
         area = 2 * math.pi * r_min ** 2 * math.log(r_max / r_min)  # of a disc, on average
         n = int(4 * (1.5 * side) ** 2 / area)  # four layers: e^-4 is uncovered
-        u = torch.rand(6, n, generator=generator)
+        u = torch.rand(9, n, generator=generator)
         r = (r_min ** -2 + u[0] * (r_max ** -2 - r_min ** -2)) ** -0.5  # pdf ∝ r^-3
         x, y = (u[1:3] * 1.5 - 0.25) * side  # some centres lie outside
         boxes = torch.stack([x - r, y - r, x + r, y + r], 1).tolist()
-        colours = 255 * (0.1 + 0.8 * u[3] + 0.3 * (u[3:6] - u[3])).clamp(0, 1)  # grey with a tint
-        canvas = Image.new("RGB", (side, side))
-        for box, colour in zip(boxes, colours.int().T.tolist()):
-            ImageDraw.Draw(canvas).ellipse(box, fill=tuple(colour))
-        return pixels_of(canvas.resize((self.size, self.size), Image.Resampling.BOX))
+        tints = 0.1 + 0.8 * u[3] + 0.3 * (u[3:6] - u[3])  # grey with a tint
+        fills = (255 * torch.cat([tints, u[6:]]).clamp(0, 1)).int().T.tolist()
+        colour, wave = Image.new("RGB", (side, side)), Image.new("RGB", (side, side))
+        for box, fill in zip(boxes, fills):
+            ImageDraw.Draw(colour).ellipse(box, fill=tuple(fill[:3]))
+            ImageDraw.Draw(wave).ellipse(box, fill=tuple(fill[3:]))
+        frequency, angle, contrast = pixels_of(wave) / 255  # of the grating that each pixel has
+        row, column = torch.arange(side)[:, None], torch.arange(side)
+        across = torch.cos(2 * math.pi * angle) * column + torch.sin(2 * math.pi * angle) * row
+        grating = 51 * contrast ** 2 * torch.sin(2 * math.pi / (4 * 8 ** frequency) * across)
+        image = F.avg_pool2d(pixels_of(colour) + grating, 2)  # (3, size, size)
+        return image.round().clamp(0, 255).to(torch.uint8)
 
 def open_data(cfg, train):
     """The training set of a Config, or the held-out one."""
@@ -1156,10 +1154,10 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8):
             row["lpips"] = perceptual(x, x_hat)
         rows.append(row)
     mean = {name: float(torch.cat([row[name] for row in rows]).mean()) for name in rows[0]}
-    std = math.sqrt(max(mean["z_square"] - mean["z"] ** 2, 1e-20))
     return dict(images=len(dataset), psnr=mean["psnr"], ssim=mean["ssim"], lpips=mean.get("lpips"),
                 sharpness=mean["energy_hat"] / mean["energy"], kl_dim=mean["kl_dim"],
-                scaling_factor=1 / std, shift_factor=mean["z"])
+                scaling_factor=max(mean["z_square"] - mean["z"] ** 2, 1e-20) ** -0.5,
+                shift_factor=mean["z"])
 
 # ---- 12. Roads not taken: what was not chosen for texture.
 def non_saturating_d_loss(logits_real, logits_fake):
@@ -1225,8 +1223,12 @@ def parse(argv):
     sub = commands.add_parser("train", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                               help="train on a folder of images; again: continue")
     for f in fields(Config):
-        default = f"{f.default}; tiny: {TINY[f.name]}" if f.name in TINY else f.default
-        options = dict(help=f"{f.metadata['help']} (default: {default})")
+        text = f.metadata["help"]
+        if f.name in TINY:
+            text += f" (sd: {f.default}, tiny: {TINY[f.name]})"
+        elif f.default != "":
+            text += f" (default: {f.default})"
+        options = dict(help=text)
         if isinstance(f.default, bool):
             options.update(action=argparse.BooleanOptionalAction)
         else:
@@ -1255,14 +1257,12 @@ def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
         perceptual = Perceptual(perceptual_net).to(device)
     except FileNotFoundError as error:
         about = f"LPIPS not measured, as {error}"
-    columns = dict(psnr=".2f", ssim=".3f", lpips=".3f", sharpness=".3f", kl_dim=".2f",
-                   scaling_factor=".5f", shift_factor=".4f")
+    columns = ("psnr", "ssim", "lpips", "sharpness", "kl_dim", "scaling_factor", "shift_factor")
     print(f"{len(dataset)} centre crops of {size} px, decoded means, {about}\n")
     print(f"| checkpoint | step | {' | '.join(columns)} |\n{'|---' * 9}|")
     for path, vae, content in zip(checkpoint, vaes, contents):
         measured = evaluate(vae.to(device), dataset, device, perceptual)
-        cells = ["–" if measured[name] is None else format(measured[name], digits)
-                 for name, digits in columns.items()]
+        cells = ["–" if measured[name] is None else f"{measured[name]:.4g}" for name in columns]
         print(f"| {path} | {content.get('step', '–')} | {' | '.join(cells)} |", flush=True)
     if save:
         Path(save).mkdir(parents=True, exist_ok=True)
