@@ -435,7 +435,7 @@ class CollapseMonitor:
     grad_norm_dec (before clipping) and grad_ratio (w·‖∇adv‖/‖∇rec‖), and with what `look` measures.
     A sign is up while its value exceeds its limit; CollapseMonitor(rebound=3.0) sets another limit.
     Collapsed: damage is up in two records running, or in one within five records of a cause, or a
-    term is not finite. z_ignored and noise count once there was a picture (correlation over ½), while
+    term is not finite. z_ignored and noise count once there was a picture (correlation over ½), if
     the GAN dominates, or after 100 records. Needs: CollapseError, high_frequency_energy."""
     SIGNS = dict(  # sign: limit, what is measured, remedy
         domination=(3.0, "gradient of GAN / reconstruction", "--adaptive, a smaller --disc-weight"),
@@ -618,8 +618,8 @@ class ImageFolder(Dataset):
         return pixels
 
 class DeadLeaves(Dataset):
-    """Occluding discs with radii ∝ r^-3: edges at all scales, as in photographs (Lee, Mumford & Huang
-    2001), each with a grating. Item i is a function of (seed, i): (3, size, size) uint8."""
+    """Occluding discs with radii ∝ r^-3: edges at all scales, as in photographs (Lee, Mumford &
+    Huang 2001), each with a grating. Item i is a function of (seed, i): (3, size, size) uint8."""
     def __init__(self, size, seed=0, length=100_000):
         self.size, self.seed, self.length = size, seed, length
     def __len__(self):
