@@ -100,7 +100,8 @@ def without_network(monkeypatch, folder):
 class Textbook:
     """kl-f8, straight from the tensors of a state dict, under CompVis' names."""
     def __init__(self, state, levels, blocks):
-        self.state, self.used, self.levels, self.blocks = state, set(), levels, blocks
+        self.state, self.used = state, set()
+        self.levels, self.blocks = levels, blocks
     def of(self, name):
         self.used |= {name + ".weight", name + ".bias"}
         return self.state[name + ".weight"], self.state[name + ".bias"]
@@ -180,14 +181,14 @@ def test_the_posterior_is_torch_distributions_with_a_clamped_logvar():
     extreme = torch.tensor([0.0, -1000, 0, 1000]).view(2, 2, 1, 1)
     assert DiagonalGaussian(extreme).logvar.flatten().tolist() == [-30, 20]
 
-def kept_bytes(forward, net):
+def kept_bytes(net, x):
     """Bytes of the tensors that autograd keeps of a forward, without the parameters."""
     kept, parameters = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()  # which must live until the bytes are counted
+        result = net(x)  # which must live until the bytes are counted
     return sum(kept[place].nbytes() for place in kept.keys() - parameters)
 
 @each("autocast", [fp32, bf16])
@@ -198,7 +199,7 @@ def test_recompute_keeps_40_percent_of_the_activations_with_the_same_gradients(a
         vae = AutoencoderKL(ch=32, recompute=recompute)
         g_step(vae, images(), small_nets()[1], autocast=autocast)
         found.append(gradients(vae))
-        kept.append(kept_bytes(functools.partial(vae, images()), vae))
+        kept.append(kept_bytes(vae, images()))
     assert torch.equal(*found)
     assert 2 ** 20 < kept[1] <= 0.4 * kept[0]
 
@@ -274,7 +275,7 @@ def test_lpips_equals_the_package_and_is_frozen_even_in_a_training_parent():
 
 def test_lpips_without_its_weights_is_an_error(tmp_path, monkeypatch):
     without_network(monkeypatch, tmp_path)
-    with pytest.raises(FileNotFoundError, match="squeeze"):  # and never a random trunk
+    with pytest.raises(ImportError, match="squeeze"):  # and never a random trunk
         Perceptual("squeeze")
 
 def test_warm_up_by_step_has_a_lead_of_d_and_a_linear_ramp():
@@ -428,11 +429,10 @@ def test_images_of_every_kind_become_upright_rgb_squares(tmp_path):
     pixels, exif = torch.arange(50 * 70).reshape(50, 70) % 251, Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     Image.fromarray(pixels.byte().numpy()).save(tmp_path / "d.png", exif=exif)
-    Image.new("RGBA", (40, 36), (200, 0, 0, 0)).save(tmp_path / "e.png")
     data = ImageFolder(tmp_path, 32, train=False)
     assert torch.equal(data[3][0].long(), pixels.rot90(-1)[19:51, 9:41])  # pixel by pixel
-    middle = [data[i][:, 16, 16].tolist() for i in (0, 1, 2, 4)]
-    assert middle == [[100] * 3, [10, 200, 30], [1, 2, 3], [255] * 3]
+    middle = [data[i][:, 16, 16].tolist() for i in (0, 1, 2)]
+    assert middle == [[100] * 3, [10, 200, 30], [1, 2, 3]]
     assert data[2].shape == (3, 32, 32) and data[2].dtype == torch.uint8
 
 def test_a_truncated_file_is_reported_once_and_replaced_by_the_next(tmp_path, capfd):
@@ -617,12 +617,12 @@ def test_the_averaged_weights_follow_their_recursion_and_are_what_is_saved():
     assert not torch.allclose(saved, new, atol=1e-6)
 
 def test_an_fp16_overflow_skips_the_step_halves_the_scale_and_goes_on():
-    run, stream, found = trainer(precision="fp16", disc_weight=0.0), batches(60), []
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 40)
+    run, stream, found = trainer(precision="fp16", disc_weight=0.0), batches(40), []
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 38)
     before = copy.deepcopy(run.vae.state_dict())
     run.update(stream)
-    assert same(run.vae.state_dict(), before) and run.scaler.get_scale() == 2.0 ** 39
-    while run.step < 60:
+    assert same(run.vae.state_dict(), before) and run.scaler.get_scale() == 2.0 ** 37
+    while run.step < 40:
         run.update(stream)
         if run.step % 10 == 0:
             record = run.read_record()
@@ -705,11 +705,10 @@ def test_evaluate_measures_every_image_of_a_known_autoencoder(gain):
 # ---- 12. Roads not taken
 
 def test_non_saturating_losses_are_cross_entropies_and_wassersteins_a_difference():
-    real, fake = torch.randn(2, 50)
-    bce, ones = F.binary_cross_entropy_with_logits, torch.ones(50)
-    d_loss = (bce(real, ones) + bce(fake, 0 * ones)) / 2
+    (real, fake), bce = torch.randn(2, 50), F.binary_cross_entropy_with_logits
+    d_loss = (bce(real, torch.ones(50)) + bce(fake, torch.zeros(50))) / 2
     assert_close(vaegan.non_saturating_d_loss(real, fake), d_loss)
-    assert_close(vaegan.non_saturating_g_loss(fake), bce(fake, ones))
+    assert_close(vaegan.non_saturating_g_loss(fake), bce(fake, torch.ones(50)))
     assert_close(vaegan.wasserstein_d_loss(real, fake), (fake - real).sum() / 50)
 
 def test_the_gradient_penalty_of_a_linear_critic_is_exact():
@@ -828,25 +827,25 @@ def test_whatever_ends_a_run_it_goes_on_to_the_same_end(tmp_path):
         assert run_tiny(run, *flags) == 0
     assert same(outcome(parts), outcome(tmp_path / "whole"))
 
-RUIN = ["--ndf", 16, "--batch-size", 4, "--disc-start", 60, "--disc-lead", 0, "--disc-ramp", 0,
-        "--sample-every", 1000, "--steps", 120, "--no-adaptive", "--disc-weight", 10]
+RUIN = ["--ndf", 16, "--batch-size", 4, "--disc-start", 40, "--disc-lead", 0, "--disc-ramp", 0,
+        "--sample-every", 1000, "--steps", 90, "--no-adaptive", "--disc-weight", 10]
 
 def test_a_collapse_is_status_3_and_its_remedy_goes_on_from_healthy_pt(tmp_path, capsys):
     assert run_tiny(tmp_path, *RUIN) == 3
     report, err = json.loads((tmp_path / "collapse.json").read_text()), capsys.readouterr().err
-    assert 60 < report["step"] <= 110 and report["value"] > report["limit"]
+    assert 40 < report["step"] <= 90 and report["value"] > report["limit"]
     assert "Traceback" not in err and report["sign"] in err and "--adaptive" in err
     assert Image.open(tmp_path / "collapse.png").height == 3 * 32
     assert same(checkpoint(tmp_path / "last.pt"), checkpoint(tmp_path / "healthy.pt"))
-    assert steps_of(tmp_path)[-1] == 60
+    assert steps_of(tmp_path)[-1] == 40
     assert run_tiny(tmp_path, *RUIN, "--adaptive", "--disc-weight", 0.5) == 0
-    assert steps_of(tmp_path) == list(range(10, 130, 10))
+    assert steps_of(tmp_path) == list(range(10, 100, 10))
 
 def test_on_collapse_warn_says_so_once_and_goes_on(tmp_path):
     assert run_tiny(tmp_path, *RUIN, "--on-collapse", "warn") == 0
     events = [record["event"] for record in log_of(tmp_path) if "event" in record]
-    assert len(events) == 1 and "collapse" in events[0] and steps_of(tmp_path)[-1] == 120
-    assert checkpoint(tmp_path / "healthy.pt")["step"] == 60
+    assert len(events) == 1 and "collapse" in events[0] and steps_of(tmp_path)[-1] == 90
+    assert checkpoint(tmp_path / "healthy.pt")["step"] == 40
 
 @each("texture", ["hinge", "ns", "wgan-gp", "focal", "gram", "sobel", "none"])
 def test_each_texture_trains(tmp_path, texture):
@@ -1086,14 +1085,15 @@ def ours(vae, disc, perceptual, x, autocast):
     x_hat, _ = g_step(vae, x, disc, perceptual=perceptual, autocast=autocast)
     discriminator_step(disc, x, x_hat, autocast=autocast)
 
-def around_diffusers(ch):
+class Diffusers(torch.nn.Module):
     """diffusers' AutoencoderKL with our interface."""
-    theirs = diffusers_autoencoder(ch, 2, (1, 2, 4, 4), latent_channels=4)
-    def forward(x, generator=None):
-        posterior = theirs.encode(x).latent_dist
-        return theirs.decode(posterior.sample(generator)).sample, posterior
-    theirs.forward, theirs.last_layer = forward, theirs.decoder.conv_out.weight
-    return theirs
+    def __init__(self, ch):
+        super().__init__()
+        self.vae = diffusers_autoencoder(ch, 2, (1, 2, 4, 4), latent_channels=4)
+        self.last_layer = self.vae.decoder.conv_out.weight
+    def forward(self, x, generator=None):
+        posterior = self.vae.encode(x).latent_dist
+        return self.vae.decode(posterior.sample(generator)).sample, posterior
 
 def bench(ch=64, size=128, batch=2, rounds=7):
     """Print a table of steps, interleaved, after a first round that does not count. LPIPS is
@@ -1107,7 +1107,7 @@ def bench(ch=64, size=128, batch=2, rounds=7):
             ("and bf16", ours, vae, last, True, bf16),
             ("bf16 without recompute", ours, vae, last, False, bf16)]
     with contextlib.suppress(pytest.skip.Exception):
-        ways += [("textbook, diffusers", textbook, around_diffusers(ch), plain, False, fp32)]
+        ways += [("textbook, diffusers", textbook, Diffusers(ch), plain, False, fp32)]
     table = {}
     for name, step, net, layout, recompute, autocast in ways:
         nets = [copy.deepcopy(n).to(memory_format=layout) for n in (net, disc, perceptual)]
@@ -1124,7 +1124,7 @@ def bench(ch=64, size=128, batch=2, rounds=7):
         median = statistics.median(seconds[1:])
         over = statistics.median(table["textbook, as latent-diffusion"][4][1:]) / median
         with autocast():
-            kept = kept_bytes(functools.partial(nets[0], x), nets[0]) / 2 ** 20
+            kept = kept_bytes(nets[0], x) / 2 ** 20
         print(f"| {name} | {median:.2f} | {min(seconds[1:]):.2f}, {max(seconds[1:]):.2f} | "
               f"{over:.2f} | {kept:.0f} |")
 

@@ -341,7 +341,7 @@ def r1_penalty(logits_real, x):
 class Perceptual(nn.Module):
     """LPIPS, the distance of two images in the features of a trained network: frozen, in eval mode.
     Source: Zhang et al. 2018, eq. 1, by the `lpips` package. x, x_hat: (B, 3, H, W) in [-1, 1] ->
-    (B,) of x's dtype, with a gradient to x_hat alone. Raises FileNotFoundError where the weights
+    (B,) of x's dtype, with a gradient to x_hat alone. Raises ImportError where package or weights
     cannot be had: never a random trunk."""
     def __init__(self, net="vgg"):
         super().__init__()
@@ -351,7 +351,7 @@ class Perceptual(nn.Module):
                 warnings.simplefilter("ignore")  # torchvision's, about lpips
                 self.lpips = lpips.LPIPS(net=net, verbose=False).requires_grad_(False).eval()
         except Exception as error:  # no package, no network, a torn file, …
-            raise FileNotFoundError(f"LPIPS net {net}: {error}; put it into {torch.hub.get_dir()}"
+            raise ImportError(f"LPIPS net {net}: {error}; put it into {torch.hub.get_dir()}"
                                     "/checkpoints, or take --perceptual-weight 0") from None
     def train(self, mode=True):
         return super().train(False)  # nothing wakes its dropout
@@ -464,7 +464,7 @@ class CollapseMonitor:
         a = x - x.mean(dim=(0, 2, 3), keepdim=True)
         b = x_hat - x_hat.mean(dim=(0, 2, 3), keepdim=True)
         energy = high_frequency_energy(x).mean().clamp(min=1e-12)
-        terms = dict(corr=(a * b).mean() / (a.norm() * b.norm() / a.numel()).clamp(min=1e-6),
+        terms = dict(corr=((a * b).mean() + 1e-3) / (a.norm() * b.norm() / a.numel() + 1e-3),
                      saturation=(x_hat.abs() > 1).float().mean() - (x.abs() > 1).float().mean(),
                      high_freq=high_frequency_energy(x_hat).mean() / energy)
         if len(x) > 1:  # error with another image's z over that with its own
@@ -1255,7 +1255,7 @@ def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
     perceptual, about = None, f"LPIPS-{perceptual_net}"
     try:
         perceptual = Perceptual(perceptual_net).to(device)
-    except FileNotFoundError as error:
+    except ImportError as error:
         about = f"LPIPS not measured, as {error}"
     columns = ("psnr", "ssim", "lpips", "sharpness", "kl_dim", "scaling_factor", "shift_factor")
     print(f"{len(dataset)} centre crops of {size} px, decoded means, {about}\n")
@@ -1278,7 +1278,7 @@ def main(argv=None):
         else:
             train(Config.of(flags.pop("preset", "auto"), **flags), catch_signals())
         return 0
-    except (UsageError, FileNotFoundError) as error:
+    except (UsageError, ImportError) as error:
         status, text = 2, error
     except CollapseError as error:
         status, text = 3, error
