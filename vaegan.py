@@ -93,12 +93,11 @@ class Config:
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # JSON has lists only
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            least = f.metadata["least"]
-            if choices and value not in choices:
-                self.refuse(f.name, f"choose from {', '.join(choices)}")
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                self.refuse(f.name, f"must be at least {least}")
+            value, about = getattr(self, f.name), f.metadata
+            if about["choices"] and value not in about["choices"]:
+                self.refuse(f.name, f"choose from {', '.join(about['choices'])}")
+            if isinstance(value, (int, float)) and not about["least"] <= value < math.inf:
+                self.refuse(f.name, f"must be at least {about['least']}")
         for name in ("steps", "sample_every", "save_every", "disc_start"):
             value = str(getattr(self, name))
             if value != "plateau" and not (value.isdigit() and value.endswith("0")):
@@ -294,10 +293,9 @@ class AutoencoderKL(nn.Module):
 # ---- 4. Discriminator: is this patch of 70×70 pixels from a photograph?
 class PatchDiscriminator(nn.Module):
     """70×70 PatchGAN: one realness logit for each of many overlapping patches.
-    Source: Isola et al. 2017, §6.1.2; layout and weights, N(0, 0.02), of taming-transformers, but
-    spectral norm (Miyato et al. 2018) instead of BatchNorm: D works at batch 1, treats real and
-    fake alike, and its slope is bounded; each forward in training mode does one power iteration.
-    x: (B, in_channels, H, W), of at least 24 px -> logits (B, 1, H/8 - 2, W/8 - 2) of x's dtype."""
+    Source: Isola et al. 2017, §6.1.2; layout and N(0, 0.02) weights of taming-transformers; with
+    spectral norm (Miyato et al. 2018), not BatchNorm, D works at batch 1, treats real and fake
+    alike, and is smooth. x: (B, in_channels, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2)."""
     def __init__(self, in_channels=3, ndf=64, n_layers=3, spectral=True):
         super().__init__()
         widths = [in_channels] + [ndf * min(2 ** i, 8) for i in range(n_layers + 1)] + [1]
@@ -433,10 +431,10 @@ class CollapseMonitor:
     """Notices, from a record every ten steps, that the training of a VAE-GAN goes wrong.
     Feed assert_healthy with means of ten steps, as far as you have them, of l2, rec_loss, kl_dim,
     grad_norm_dec (before clipping) and grad_ratio (w·‖∇adv‖/‖∇rec‖), and with what `look` measures.
-    A sign is up while its value exceeds its limit; CollapseMonitor(rebound=3.0) sets another limit.
-    Collapsed: damage is up in two records running, or in one within five records of a cause, or a
-    term is not finite. z_ignored and noise count once there was a picture (correlation over ½), if
-    the GAN dominates, or after 100 records. Needs: CollapseError, high_frequency_energy."""
+    A sign is up while its value exceeds its limit (CollapseMonitor(rebound=3) sets it). Collapsed:
+    damage is up in two records running, or in one within five records of a cause, or a term is not
+    finite. z_ignored and noise count once there was a picture (correlation over ½), if the GAN
+    dominates, or after 100 records. Needs: CollapseError, high_frequency_energy."""
     SIGNS = dict(  # sign: limit, what is measured, remedy
         domination=(3.0, "gradient of GAN / reconstruction", "--adaptive, a smaller --disc-weight"),
         spike=(5.0, "decoder's gradient norm in deviations", "a smaller --lr or --disc-weight"),
@@ -474,6 +472,7 @@ class CollapseMonitor:
             other = (small - small_hat.roll(1, 0)).abs().mean()
             terms["other_z"] = (other + 0.002) / (own + 0.001)
         return terms
+
     def assert_healthy(self, step, terms):
         """Feed the record of a step, {term: number or 0-d tensor}. Raises CollapseError."""
         terms = {name: float(value) for name, value in terms.items()}
@@ -497,6 +496,7 @@ class CollapseMonitor:
             cause = f"{culprit}: {measured} was {self.last_up[culprit][1]:.3g}"
             raise CollapseError(step=step, sign=sign, value=self.values[sign],
                                 limit=self.limits[sign], cause=cause, remedy=remedy)
+
     def measure(self, terms):
         """-> {sign: value}; nan, which exceeds no limit, where a term is missing."""
         for term in self.TERMS:
@@ -731,8 +731,7 @@ def discriminator_step(disc, x, x_hat, *, loss=hinge_d_loss, penalty=None, r1=0.
 
 # ---- 9. Training: what a run holds, and the loop.
 class Trainer:
-    """All that a run holds. Each rank has one: they start equal, by the same seed, stay equal, by
-    averaged gradients, and do the same; write_whole lets rank 0 alone write."""
+    """All that a run holds. Ranks start equal (same seed) and stay equal (averaged gradients)."""
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
         name = Path(cfg.data).resolve().name if cfg.data else "leaves"  # other data, other folder
@@ -744,7 +743,6 @@ class Trainer:
         self.has_last, self.alarmed = False, False  # is there a last.pt; any alarm since then
         self.train_set, val_set = open_data(cfg, train=True), open_data(cfg, train=False)
         self.val_set = Subset(val_set, range(0, len(val_set), len(val_set) // 256 + 1))
-
         on = dict(device=device, memory_format=torch.channels_last)
         self.perceptual = Perceptual(cfg.perceptual_net).to(**on) if cfg.perceptual_weight else None
         torch.manual_seed(cfg.seed)
@@ -762,7 +760,6 @@ class Trainer:
         self.d_loss = {"hinge": hinge_d_loss, "ns": non_saturating_d_loss,
                        "wgan-gp": wasserstein_d_loss}.get(cfg.texture)  # None: no D trains
         self.noise = torch.Generator(device)
-
         encoder = [*self.vae.encoder.parameters(), *self.vae.quant_conv.parameters()]
         decoder = [*self.vae.decoder.parameters(), *self.vae.post_quant_conv.parameters()]
         groups = [dict(name="enc", params=encoder), dict(name="dec", params=decoder),
@@ -802,6 +799,7 @@ class Trainer:
         indices = (range(start, start + size) for start in starts)
         yield from DataLoader(self.train_set, batch_sampler=indices, num_workers=self.cfg.workers,
                               worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda")
+
     def update(self, batches):
         """One update of the autoencoder, and of D once it trains, from cfg.accumulate batches."""
         cfg, step = self.cfg, self.step
@@ -838,6 +836,7 @@ class Trainer:
         self.drawn += WORLD_SIZE * cfg.batch_size * cfg.accumulate
         if self.step % 10 == 0:
             self.unread.append(self.monitor.look(x, x_hat))
+
     def read_record(self):
         """-> the means of ten steps over all ranks, in one transfer from the device.
         What an fp16 overflow does: the scaler has skipped the step and halved its scale; terms of
@@ -848,11 +847,10 @@ class Trainer:
                 series.setdefault(name, []).append(value.float())
         self.unread = []
         means = average_over_ranks(torch.stack([torch.stack(v).mean() for v in series.values()]))
-        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        may_skip = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         record = dict(step=self.step)
         for name, value in zip(series, means.tolist()):
-            of_gradients = name in ("lam", "w") or name.startswith("grad_")
-            if math.isfinite(value) or not (may_overflow and of_gradients):
+            if math.isfinite(value) or not (may_skip and name.startswith(("grad_", "lam", "w"))):
                 record[name] = value
         images = 10 * WORLD_SIZE * self.cfg.batch_size * self.cfg.accumulate
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
@@ -861,6 +859,7 @@ class Trainer:
     def gan_comes_on(self):
         """Whether the ten steps after this record are the first with w > 0."""
         return self.warm_up.weight(self.step - 1) == 0 < self.warm_up.weight(self.step + 9)
+
     def validate(self):
         """Measure and draw the averaged weights, keep the best -> the val_ terms of the log."""
         measured = evaluate(self.average, self.val_set, self.device, self.perceptual,
@@ -887,6 +886,7 @@ class Trainer:
         if self.step == 0 or self.gan_comes_on and not self.monitor.alarm:
             write_whole(healthy, last.read_bytes())
         self.has_last, self.alarmed = True, self.monitor.alarm
+
     def report_collapse(self, error):
         """Write collapse.json, collapse.png (rows: image, healthy, now); go back to healthy.pt."""
         report = dict(vars(error), signs=self.monitor.values, limits=self.monitor.limits)
@@ -914,7 +914,7 @@ class Trainer:
     def begin_or_continue(self):
         """Go on from last.pt, or where there is none from healthy.pt; else begin the folder."""
         saves = [*self.folder.glob("last.pt"), *self.folder.glob("healthy.pt")]
-        self.has_last = (self.folder / "last.pt").exists()
+        self.has_last = self.folder / "last.pt" in saves
         if saves:
             try:
                 self.load_state_dict(read_file(saves[0]))
@@ -931,8 +931,8 @@ class Trainer:
 
 def train(cfg, signals=()):
     """Train as cfg says, alone or as one of torchrun's processes; the same cfg again continues.
-    signals: a list that may get the number of one; then KeyboardInterrupt(number, text) is raised
-    after a save. Raises UsageError before anything is written, CollapseError after a report."""
+    Raises UsageError before it writes anything, CollapseError after a report; once `signals` has
+    the number of a signal, it saves and raises KeyboardInterrupt(number, text)."""
     run = Trainer(cfg, launch(cfg.device))
     run.begin_or_continue()
     warned = False
@@ -975,6 +975,7 @@ def train(cfg, signals=()):
     tqdm.write(f"{run.folder}: {run.step} steps done; a larger --steps goes on from here")
 
 # ---- 10. Processes, files, pictures.
+# Rank 0 alone speaks and writes. DDP averages gradients over ranks, generator_step those of λ.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def launch(kind):
@@ -1182,8 +1183,7 @@ def gradient_penalty(disc, x, x_hat, generator=None):
     return (gradient.flatten(1).norm(dim=1) - 1).pow(2).mean()
 
 def focal_frequency_loss(x, x_hat, alpha=1.0):
-    """Mean of w·|F(x) - F(x̂)|² over frequencies: the worse reconstructed, the larger the weight
-    w = |F(x) - F(x̂)|^alpha over its maximum, a constant; F: orthonormal Fourier transform.
+    """Mean over frequencies of w·|F(x) - F(x̂)|², w = |F(x) - F(x̂)|^alpha / its maximum.
     Source: Jiang et al. 2021, eq. 8 and 9. x, x_hat: (B, C, H, W) -> (B,)."""
     square = torch.view_as_real(torch.fft.fft2(x - x_hat, norm="ortho")).pow(2).sum(-1)
     w = square.detach() ** (alpha / 2)  # (B, C, H, W)
