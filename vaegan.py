@@ -41,7 +41,7 @@ def arg(default, help, least=0, choices=None, parse=None):
     about = dict(help=help, least=least, choices=choices, parse=parse or type(default))
     return field(default=default, metadata=about)
 
-# The defaults in Config are preset sd, which is kl-f8. Preset tiny learns in two minutes on a CPU.
+# The defaults in Config are preset sd, which is kl-f8. Preset tiny learns in minutes on a CPU.
 TINY = dict(image_size=64, batch_size=4, workers=0, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1,
             ndf=32, perceptual_weight=0.0, perceptual_net="squeeze", kl_weight=1e-2, disc_lead=50,
             disc_ramp=100, steps=1500, lr=1e-3, lr_disc=5e-4, ema=0.98, recompute=False,
