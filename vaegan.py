@@ -115,8 +115,7 @@ class Config:
         """A preset's values; over them the widths of the file --init; over them the flags."""
         if preset == "auto":
             preset = "sd" if torch.cuda.is_available() and flags.get("device") != "cpu" else "tiny"
-        values = dict(TINY) if preset == "tiny" else {}
-        widths = {}
+        values, widths = dict(TINY) if preset == "tiny" else {}, {}
         if flags.get("init"):
             widths = load_autoencoder(flags["init"])[0].widths
             values.update(widths, disc_start=0)  # a trained reconstruction has saturated
@@ -934,6 +933,7 @@ def train(cfg, signals=()):
     Raises UsageError before it writes anything, CollapseError after a report; once `signals` has
     the number of a signal, it saves and raises KeyboardInterrupt(number, text)."""
     run = Trainer(cfg, launch(cfg.device))
+    tqdm.write(f"preset {cfg.preset} on {run.device}, {len(run.train_set)} images to {run.folder}")
     run.begin_or_continue()
     warned = False
     with contextlib.closing(run.batches()) as batches, \
