@@ -10,7 +10,7 @@ For images x in [-1, 1] of N = 3·H·W values, z ~ q(z|x) = N(mean, std²), and 
     reconstruction  L_rec = |x - x̂| + perceptual_weight·LPIPS(x, x̂)      Rombach et al. 2022
     adaptive λ      λ = ‖∇L_rec‖ / (‖∇E[D(x̂)]‖ + ε)  at the last layer   Esser et al. 2021, eq. 7
     discriminator   L_D = ½ E[max(0, 1 - D(x))] + ½ E[max(0, 1 + D(x̂))]  Lim & Ye 2017
-    warm-up         w(t) = 0 until L_rec has saturated, then a linear ramp to 1
+    warm-up         w(t) = 0 until L_rec has saturated and D has a lead, then a linear ramp to 1
 
 This is latent-diffusion's objective divided by N: there the pixel term and LPIPS are summed over
 the values of an image, here they are means. So kl_weight and disc_weight keep their published
@@ -36,10 +36,10 @@ from tqdm import tqdm
 class UsageError(ValueError):
     """Bad input, in one line that names the flag or file and the way out; exit status 2."""
 
-def arg(default, help, least=0, choices=None, parse=None):
+def arg(default, help, least=0, most=math.inf, choices=None, parse=None):
     """A field of Config that is also a flag."""
-    about = dict(help=help, least=least, choices=choices, parse=parse or type(default))
-    return field(default=default, metadata=about)
+    limits = dict(least=least, most=most, choices=choices)
+    return field(default=default, metadata=dict(limits, help=help, parse=parse or type(default)))
 
 # The defaults in Config are preset sd, which is kl-f8. Preset tiny learns in minutes on a CPU.
 TINY = dict(image_size=64, batch_size=4, workers=0, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1,
@@ -79,7 +79,7 @@ class Config:
     lr: float = arg(1e-4, "learning rate (LDM: 4.5e-6 an image of the update)")
     lr_disc: float = arg(1e-4, "the discriminator's learning rate")
     clip: float = arg(1.0, "largest gradient norm of encoder, decoder, D; 0: any")
-    ema: float = arg(0.999, "decay of the averaged weights that are saved; 0: off")
+    ema: float = arg(0.999, "decay of the averaged weights that are saved; 0: off", most=1)
     accumulate: int = arg(1, "batches an update", least=1)
     seed: int = arg(0, "of weights, crops and noise")
     device: str = arg("auto", "to train on", choices=("auto", "cpu", "cuda", "mps"))
@@ -96,8 +96,8 @@ class Config:
             value, about = getattr(self, f.name), f.metadata
             if about["choices"] and value not in about["choices"]:
                 self.refuse(f.name, f"choose from {', '.join(about['choices'])}")
-            if isinstance(value, (int, float)) and not about["least"] <= value < math.inf:
-                self.refuse(f.name, f"must be at least {about['least']}")
+            if isinstance(value, (int, float)) and not about["least"] <= value <= about["most"]:
+                self.refuse(f.name, f"must lie within {about['least']} and {about['most']}")
         for name in ("steps", "sample_every", "save_every", "disc_start"):
             value = str(getattr(self, name))
             if value != "plateau" and not (value.isdigit() and value.endswith("0")):
@@ -370,8 +370,8 @@ class WarmUp:
         D trains       no         yes               yes                   yes
         w(t)           0           0           rises linearly to 1         1
 
-    start: T, or "plateau": where the median of the last `window` losses fell by less than the
-    `tolerance`, `patience` times in a row, half a window apart; at the latest by step `latest`."""
+    start: T, or "plateau": where the median loss of `window` records is less than `tolerance` below
+    that of the `window` before, `patience` times in a row, half a window on; by step `latest`."""
     def __init__(self, start="plateau", lead=0, ramp=0, window=10, tolerance=0.03, patience=3,
                  latest=math.inf):
         self.start = None if start == "plateau" else int(start)
@@ -387,7 +387,7 @@ class WarmUp:
             before = statistics.median(self.losses[-2 * self.window:-self.window])
             now = statistics.median(self.losses[-self.window:])
             self.flat = self.flat + 1 if now > (1 - self.tolerance) * before else 0
-            self.losses = self.losses[(self.window + 1) // 2 - 2 * self.window:]
+            self.losses = self.losses[(self.window + 1) // 2 - 2 * self.window:]  # half a window on
         if self.flat >= self.patience or step >= self.latest:
             self.start = step
         return self.start is not None
@@ -541,7 +541,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, which
 
 def seed_of(*numbers):
     """A 63-bit seed. Where randomness comes from: weights are of --seed, the noise in z of (seed,
-    step, rank), image i of (seed, pass, place); so a stopped run goes on to the bit."""
+    step, rank), image i of (seed, pass, place): on a CPU a stopped run goes on to the bit."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -711,8 +711,8 @@ def discriminator_step(disc, x, x_hat, *, loss=hinge_d_loss, penalty=None, r1=0.
                        autocast=contextlib.nullcontext, scale=1.0):
     """Accumulate D's gradient of L_D, on the images that generator_step has just seen and made.
     x, x_hat: (B, 3, H, W). loss(logits of x, of x̂) and penalty(x, x_hat) -> scalar. r1: γ of R1,
-    with which the step runs in fp32. scale: factor of all gradients. -> terms, 0-d tensors: d_loss,
-    logits_real, logits_fake, d_acc (share of patches that D judges rightly). Needs: r1_penalty."""
+    with which the step runs in fp32. -> terms, 0-d tensors: d_loss, logits_real, logits_fake, d_acc
+    (share of patches that D judges rightly). Needs: hinge_d_loss, r1_penalty."""
     # L_D = ½ E[max(0, 1 - D(x))] + ½ E[max(0, 1 + D(x̂))] + γ/2 E‖∇D(x)‖²
     x, x_hat = x.detach().requires_grad_(r1 > 0), x_hat.detach()
     with contextlib.nullcontext() if r1 > 0 else autocast():
@@ -877,12 +877,12 @@ class Trainer:
                 if measured[name] is not None}
     def save(self):
         """Write last.pt. healthy.pt becomes the save before, if no cause or damage was up since; at
-        the start, and at the last record before the GAN is felt, it becomes this one."""
+        the start, and without alarm at the last record before the GAN is felt, this one."""
         last, healthy = self.folder / "last.pt", self.folder / "healthy.pt"
         if self.has_last and not self.alarmed:
             write_whole(healthy, last.read_bytes())
         write_whole(last, self.state_dict())
-        if self.step == 0 or self.gan_comes_on and not self.monitor.alarm:
+        if self.step == 0 or (self.gan_comes_on and not self.monitor.alarm):
             write_whole(healthy, last.read_bytes())
         self.has_last, self.alarmed = True, self.monitor.alarm
 
@@ -913,7 +913,6 @@ class Trainer:
     def begin_or_continue(self):
         """Go on from last.pt, or where there is none from healthy.pt; else begin the folder."""
         saves = [*self.folder.glob("last.pt"), *self.folder.glob("healthy.pt")]
-        self.has_last = self.folder / "last.pt" in saves
         if saves:
             try:
                 self.load_state_dict(read_file(saves[0]))
@@ -921,6 +920,7 @@ class Trainer:
                 raise UsageError(f"{saves[0]}: {error}; take the flags it was trained with "
                                  "or another --out, or move it away for healthy.pt") from None
             tqdm.write(f"{self.folder}: continues after step {self.step} of {self.cfg.steps}")
+        self.has_last, self.alarmed = self.folder / "last.pt" in saves, self.monitor.alarm
         wait_for_ranks()  # all have read before one writes
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         cut_log(self.folder / "log.jsonl", self.step)
@@ -948,7 +948,7 @@ def train(cfg, signals=()):
             stop = wait_for_ranks(max(signals, default=0))  # the signal that any rank got
             event = ""
             if run.has_gan and run.warm_up.observe(record["rec_loss"], run.step):
-                event = f"the warm-up is over; the GAN is felt after {cfg.disc_lead} more steps"
+                event = f"L_rec has saturated; the GAN is felt after {cfg.disc_lead} more steps"
             try:
                 run.monitor.assert_healthy(run.step, record)
             except CollapseError as error:
@@ -975,7 +975,7 @@ def train(cfg, signals=()):
     tqdm.write(f"{run.folder}: {run.step} steps done; a larger --steps goes on from here")
 
 # ---- 10. Processes, files, pictures.
-# Rank 0 alone speaks and writes. DDP averages gradients over ranks, generator_step those of λ.
+# Rank 0 alone writes. DDP averages gradients, average_over_ranks λ's, each record, the score.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def launch(kind):
@@ -1012,7 +1012,7 @@ def wait_for_ranks(number=0):
 
 def catch_signals():
     """-> a list that gets the number of a SIGINT or SIGTERM: train saves within ten steps, main
-    exits with 128 + number. The same one again ends the process at once."""
+    exits with 128 + number. The same one again ends the process (not under torchrun)."""
     caught = []
     def catch(number, frame):
         caught.append(number)
@@ -1239,7 +1239,7 @@ def parse(argv):
     sub = commands.add_parser("eval", allow_abbrev=False, help="measure autoencoders on images")
     add = sub.add_argument
     add("--checkpoint", required=True, nargs="+", metavar="FILE", help="any file that --init takes")
-    add("--data", default="", metavar="DIR", help="folder of images; none: dead leaves")
+    add("--data", default="", metavar="DIR", help="folder of images, all of them; none: leaves")
     add("--image-size", type=int, default=0, help="side of the crops; 0: as trained, else 256")
     add("--perceptual-net", default="alex", choices=("vgg", "alex", "squeeze"))
     add("--save", default="", metavar="DIR", help="folder for compare.png")
