@@ -90,6 +90,7 @@ class Config:
     sample_every: int = arg(1000, "steps between validations with pictures", least=10)
     save_every: int = arg(1000, "steps between saves of last.pt", least=10)
     on_collapse: str = arg("stop", "stop: back to the last healthy save", choices=("stop", "warn"))
+
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # JSON has lists only
         for f in fields(self):
@@ -110,6 +111,7 @@ class Config:
             self.refuse("texture", "compares features of LPIPS; give --perceptual-weight 1 too")
     def refuse(self, name, reason):
         raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: {reason}")
+
     @classmethod
     def of(cls, preset="auto", **flags):
         """A preset's values; over them the widths of the file --init; over them the flags."""
@@ -337,9 +339,8 @@ def r1_penalty(logits_real, x):
 
 class Perceptual(nn.Module):
     """LPIPS, the distance of two images in the features of a trained network: frozen, in eval mode.
-    Source: Zhang et al. 2018, eq. 1, by the `lpips` package. x, x_hat: (B, 3, H, W) in [-1, 1] ->
-    (B,) of x's dtype, with a gradient to x_hat alone. Raises ImportError where package or weights
-    cannot be had: never a random trunk."""
+    Source: Zhang et al. 2018, eq. 1. x, x_hat: (B, 3, H, W) in [-1, 1] -> (B,); x gets no gradient.
+    Raises ImportError where package or weights cannot be had: there is never a random trunk."""
     def __init__(self, net="vgg"):
         super().__init__()
         try:
@@ -453,6 +454,7 @@ class CollapseMonitor:
         self.best = dict(corr=0.0, kl_dim=0.03, l2=math.inf, rec_loss=math.inf)
         self.values = {}  # {sign: its value in the newest record}
         self.last_up = {sign: [-9, 0.0] for sign in self.SIGNS}  # in which record, and its value
+
     @staticmethod
     @torch.no_grad()
     def look(x, x_hat):
@@ -779,6 +781,7 @@ class Trainer:
         if WORLD_SIZE > 1:
             self.vae_ddp = DistributedDataParallel(self.vae, gradient_as_bucket_view=True)
             self.disc_ddp = DistributedDataParallel(self.disc, gradient_as_bucket_view=True)
+
     def adversary(self, x, x_hat):
         """The loss that brings texture: -E[D(x̂)], or a road not taken."""
         if self.cfg.texture == "focal":
@@ -791,6 +794,7 @@ class Trainer:
         return g_loss(self.disc(x_hat))
     def penalty(self, x, x_hat):
         return 10 * gradient_penalty(self.disc, x, x_hat, self.noise)  # 10: Gulrajani 2017, §4
+
     def batches(self):
         """This rank's batches, (B, 3, H, W) uint8, from the next image on, without end."""
         size = self.cfg.batch_size
@@ -854,10 +858,6 @@ class Trainer:
         images = 10 * WORLD_SIZE * self.cfg.batch_size * self.cfg.accumulate
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         return dict(record, lr=self.cfg.lr, images_per_s=images / seconds)
-    @property
-    def gan_comes_on(self):
-        """Whether the ten steps after this record are the first with w > 0."""
-        return self.warm_up.weight(self.step - 1) == 0 < self.warm_up.weight(self.step + 9)
 
     def validate(self):
         """Measure and draw the averaged weights, keep the best -> the val_ terms of the log."""
@@ -875,14 +875,15 @@ class Trainer:
             write_whole(self.folder / "best.pt", self.state_dict())
         return {f"val_{name}": measured[name] for name in ("psnr", "ssim", "lpips", "sharpness")
                 if measured[name] is not None}
-    def save(self):
+
+    def save(self, gan_comes_on=False):
         """Write last.pt. healthy.pt becomes the save before, if no cause or damage was up since; at
         the start, and without alarm at the last record before the GAN is felt, this one."""
         last, healthy = self.folder / "last.pt", self.folder / "healthy.pt"
         if self.has_last and not self.alarmed:
             write_whole(healthy, last.read_bytes())
         write_whole(last, self.state_dict())
-        if self.step == 0 or (self.gan_comes_on and not self.monitor.alarm):
+        if self.step == 0 or (gan_comes_on and not self.monitor.alarm):
             write_whole(healthy, last.read_bytes())
         self.has_last, self.alarmed = True, self.monitor.alarm
 
@@ -895,6 +896,7 @@ class Trainer:
         save_grid(self.folder / "collapse.png", self.val_set, self.device, healthy, self.vae)
         write_whole(self.folder / "last.pt", (self.folder / "healthy.pt").read_bytes())
         cut_log(self.folder / "log.jsonl", saved["step"])
+
     def state_dict(self):
         """What a checkpoint holds. `state_dict`, the averaged weights, opens in diffusers as it is;
         `training` is what continuing takes, with the weights that are trained."""
@@ -902,6 +904,7 @@ class Trainer:
         weights = {name: weight.contiguous() for name, weight in self.average.state_dict().items()}
         return dict(self.latents, state_dict=weights, config=asdict(self.cfg), step=self.step,
                     training=dict(training, drawn=self.drawn, best=self.best))
+
     def load_state_dict(self, saved):
         training = saved["training"]
         for name, part in self.parts.items():
@@ -910,6 +913,7 @@ class Trainer:
         self.average.load_state_dict(saved["state_dict"])
         self.step, self.drawn = saved["step"], training["drawn"]
         self.best, self.latents = training["best"], {name: saved[name] for name in self.latents}
+
     def begin_or_continue(self):
         """Go on from last.pt, or where there is none from healthy.pt; else begin the folder."""
         saves = [*self.folder.glob("last.pt"), *self.folder.glob("healthy.pt")]
@@ -930,8 +934,8 @@ class Trainer:
 
 def train(cfg, signals=()):
     """Train as cfg says, alone or as one of torchrun's processes; the same cfg again continues.
-    Raises UsageError before it writes anything, CollapseError after a report; once `signals` has
-    the number of a signal, it saves and raises KeyboardInterrupt(number, text)."""
+    Raises UsageError before it writes anything, CollapseError after a report, and after a save
+    KeyboardInterrupt(number, text), once `signals` has the number of a signal."""
     run = Trainer(cfg, launch(cfg.device))
     tqdm.write(f"preset {cfg.preset} on {run.device}, {len(run.train_set)} images to {run.folder}")
     run.begin_or_continue()
@@ -966,8 +970,9 @@ def train(cfg, signals=()):
             if RANK == 0:  # before the save, or a kill could lose the record
                 with open(run.folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-            if ends or run.step % cfg.save_every == 0 or run.gan_comes_on or stop:
-                run.save()
+            gan_comes_on = run.warm_up.weight(run.step - 1) == 0 < run.warm_up.weight(run.step + 9)
+            if ends or run.step % cfg.save_every == 0 or gan_comes_on or stop:
+                run.save(gan_comes_on)
             shown = record.keys() & {"l1", "lpips", "kl_dim", "d_acc", "w"}
             bar.set_postfix({name: f"{record[name]:.3g}" for name in sorted(shown)})
             if stop and not ends:
@@ -1080,37 +1085,32 @@ DIFFUSERS = (  # a pattern in the names of others, what CompVis writes there
     (r"conv_norm_out", "norm_out"), (r"group_norm", "norm"), (r"to_out\.0|proj_attn", "proj_out"),
     (r"attn_1\.(to_)?([qkv])(uery|ey|alue)?\.", r"attn_1.\2."))
 
-def compvis_weights(weights):
-    """{name: tensor} in CompVis' or diffusers' names -> the autoencoder's alone, in CompVis'."""
-    ups = [name for name in weights if re.search(r"decoder\.up_blocks\.\d\.upsamplers.*bias", name)]
-    result = {}
-    for name, weight in weights.items():
-        name = re.sub(r"up_blocks\.(\d)", lambda i: f"up_blocks.{len(ups) - int(i[1])}", name)
-        for pattern, replacement in DIFFUSERS:
-            name = re.sub(pattern, replacement, name)
-        if ".attn_1." in name and weight.dim() == 2:
-            weight = weight[:, :, None, None]  # a linear layer as a 1×1 convolution
-        if name.split(".")[0] in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
-            result[name] = weight
-    return result
-
 def load_autoencoder(path, recompute=False):
     """-> the AutoencoderKL in a file, of the widths found there, and all that the file holds.
-    Raises UsageError that says what is missing, unknown or misshapen."""
-    content = read_file(path)
+    Names may be CompVis' or diffusers'. Raises UsageError that says what does not fit."""
+    content, state = read_file(path), {}
     try:
         weights = content.get("state_dict", content)
         if "bn.running_mean" in weights:
             raise ValueError("this is FLUX.2's, which is of another kind")
-        weights = compvis_weights(weights)
-        ch = len(weights["encoder.conv_in.weight"])
-        down = [name.split(".") for name in weights if name.startswith("encoder.down.")]
+        ups = [name for name in weights if re.search(r"decoder\.up_blocks.*upsamplers.*bias", name)]
+        for name, weight in weights.items():  # diffusers counts up_blocks from the coarsest
+            name = re.sub(r"up_blocks\.(\d)", lambda i: f"up_blocks.{len(ups) - int(i[1])}", name)
+            for pattern, replacement in DIFFUSERS:
+                name = re.sub(pattern, replacement, name)
+            if ".attn_1." in name and weight.dim() == 2:
+                weight = weight[:, :, None, None]  # a linear layer as a 1×1 convolution
+            if name.split(".")[0] in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+                state[name] = weight
+        ch = len(state["encoder.conv_in.bias"])
+        z_channels = state["decoder.conv_in.weight"].shape[1]
+        down = [name.split(".") for name in state if name.startswith("encoder.down.")]
         blocks = len({parts[4] for parts in down if parts[3] == "block"})
         wide = [f"encoder.down.{level}.block.0.conv1.bias" for level in range(len(down))]
-        ch_mult = [len(weights[name]) // ch for name in wide if name in weights]
-        vae = AutoencoderKL(3, ch, ch_mult, blocks, weights["decoder.conv_in.weight"].shape[1],
-                            "quant_conv.weight" in weights, recompute)
-        vae.load_state_dict(weights)
+        ch_mult = [len(state[name]) // ch for name in wide if name in state]
+        quant_conv = "quant_conv.weight" in state
+        vae = AutoencoderKL(3, ch, ch_mult, blocks, z_channels, quant_conv, recompute)
+        vae.load_state_dict(state)
     except Exception as error:  # whatever the file holds
         raise UsageError(f"{path} holds no KL autoencoder ({error}); give Stable "
                          "Diffusion's, or a checkpoint of vaegan.py") from None
