@@ -801,7 +801,8 @@ def stop_at(step, number, *flags):
     """Run the command in a process of its own, and send it a signal at a step -> its status."""
     process = subprocess.Popen(
         [sys.executable, HERE / "vaegan.py", *flags], stdout=subprocess.DEVNULL, text=True,
-        stderr=subprocess.PIPE, encoding="utf8", env=dict(os.environ, OMP_NUM_THREADS="1"))
+        stderr=subprocess.PIPE, encoding="utf8",
+        env=dict(os.environ, OMP_NUM_THREADS="1", TQDM_MININTERVAL="0"))  # a line each step
     for line in process.stderr:  # each carriage return of the progress bar ends one
         shown = re.search(r" (\d+)/\d+ \[", line)
         if shown and int(shown[1]) >= step:
