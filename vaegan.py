@@ -1035,7 +1035,7 @@ def ignore_signals(worker):
 
 def write_whole(path, content):
     """Rank 0 writes bytes, what another path holds, or a dict by torch.save: beside, flushed,
-    renamed, so never half a file. The other ranks wait: if one left, torchrun would end rank 0 in its write."""
+    renamed, so never half a file. The others wait: if one left, torchrun would end rank 0."""
     if RANK == 0:
         beside = path.with_name(path.name + ".tmp")
         with open(beside, "wb") as file:
