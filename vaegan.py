@@ -350,7 +350,7 @@ class Perceptual(nn.Module):
                 self.lpips = lpips.LPIPS(net=net, verbose=False).requires_grad_(False).eval()
         except Exception as error:  # no package, no network, a torn file, …
             raise ImportError(f"LPIPS net {net}: {error}; put it into {torch.hub.get_dir()}"
-                                    "/checkpoints, or take --perceptual-weight 0") from None
+                              "/checkpoints, or take --perceptual-weight 0") from None
     def train(self, mode=True):
         return super().train(False)  # nothing wakes its dropout
     def features(self, x):
@@ -449,7 +449,7 @@ class CollapseMonitor:
         self.limits = {sign: limits.pop(sign, row[0]) for sign, row in self.SIGNS.items()}
         if limits:
             raise TypeError(f"no such sign: {', '.join(limits)}")
-        self.records, self.alarm = 0, False  # how many were fed; was a cause or damage up?
+        self.records, self.alarm = 0, False  # how many were fed; a cause or damage lately?
         self.series = {term: [] for term in self.TERMS}  # their last 21 values
         self.best = dict(corr=0.0, kl_dim=0.03, l2=math.inf, rec_loss=math.inf)
         self.values = {}  # {sign: its value in the newest record}
@@ -637,15 +637,15 @@ class DeadLeaves(Dataset):
         tints = 0.1 + 0.8 * u[3] + 0.3 * (u[3:6] - u[3])  # grey with a tint
         fills = (255 * torch.cat([tints, u[6:]]).clamp(0, 1)).int().T.tolist()
         colour, wave = Image.new("RGB", (side, side)), Image.new("RGB", (side, side))
+        on_colour, on_wave = ImageDraw.Draw(colour), ImageDraw.Draw(wave)
         for box, fill in zip(boxes, fills):
-            ImageDraw.Draw(colour).ellipse(box, fill=tuple(fill[:3]))
-            ImageDraw.Draw(wave).ellipse(box, fill=tuple(fill[3:]))
+            on_colour.ellipse(box, fill=tuple(fill[:3]))
+            on_wave.ellipse(box, fill=tuple(fill[3:]))
         frequency, angle, contrast = pixels_of(wave) / 255  # of the grating that each pixel has
         row, column = torch.arange(side)[:, None], torch.arange(side)
         across = torch.cos(2 * math.pi * angle) * column + torch.sin(2 * math.pi * angle) * row
         grating = 51 * contrast ** 2 * torch.sin(2 * math.pi / (4 * 8 ** frequency) * across)
-        image = F.avg_pool2d(pixels_of(colour) + grating, 2)  # (3, size, size)
-        return image.round().clamp(0, 255).to(torch.uint8)
+        return F.avg_pool2d(pixels_of(colour) + grating, 2).round().clamp(0, 255).to(torch.uint8)
 
 def open_data(cfg, train):
     """The training set of a Config, or the held-out one."""
