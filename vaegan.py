@@ -44,7 +44,7 @@ def arg(default, help, least=0, most=math.inf, choices=None, parse=None):
 # The defaults in Config are preset sd, which is kl-f8. Preset tiny learns in minutes on a CPU.
 TINY = dict(image_size=64, batch_size=4, workers=0, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1,
             ndf=32, perceptual_weight=0.0, perceptual_net="squeeze", kl_weight=1e-2, disc_lead=50,
-            disc_ramp=100, steps=1500, lr=1e-3, lr_disc=5e-4, ema=0.98, recompute=False,
+            disc_ramp=100, steps=1500, lr=4e-4, lr_disc=5e-4, ema=0.98, recompute=False,
             sample_every=100, save_every=100)
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ class Config:
 
 # Sections 3 to 6 depend on torch and the standard library alone (Perceptual on lpips too): copy all
 # of section 3, and of the others what you want, with what a docstring names under "Needs:".
-# ---- 3. Autoencoder: kl-f8's computation (CompVis latent-diffusion, ldm/modules/diffusionmodules/
-# model.py) under CompVis' parameter names, so that files open elsewhere.
+# ---- 3. Autoencoder: kl-f8's computation under CompVis' names, so that files open elsewhere.
 class GroupNorm(nn.GroupNorm):
     """32 groups where 32 divides `channels`, else of four channels; in fp32 under autocast too."""
     def __init__(self, channels):
@@ -153,6 +152,7 @@ class ResnetBlock(nn.Module):
         self.recompute = recompute
         self.norm1, self.conv1 = GroupNorm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = GroupNorm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
     def forward(self, x):
@@ -169,6 +169,7 @@ class AttnBlock(nn.Module):
         self.norm = GroupNorm(channels)
         self.q, self.k = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
         self.v, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
     def forward(self, x):
         h = self.norm(x)
         q, k, v = [conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v)]
@@ -180,6 +181,7 @@ class Downsample(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        nn.init.dirac_(self.conv.weight)
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # left, right, top, bottom
 
@@ -189,6 +191,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.dirac_(self.conv.weight)
     def double(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     def forward(self, x):
@@ -220,6 +223,7 @@ class Encoder(nn.Module):
             c = ch * mult
         self.mid = middle(c, recompute)
         self.norm_out, self.conv_out = GroupNorm(c), nn.Conv2d(c, 2 * z_channels, 3, padding=1)
+        nn.init.kaiming_normal_(self.conv_out.weight, nonlinearity="linear")
     def forward(self, x):
         h = self.mid(self.down(self.conv_in(x)))  # (B, ch·ch_mult[-1], H/f, W/f)
         return norm_silu_conv(self.norm_out, self.conv_out, h, self.recompute)
@@ -265,7 +269,9 @@ class AutoencoderKL(nn.Module):
     Source: Rombach et al. 2022; CompVis ldm/models/autoencoder.py. x: (B, in_channels, H, W) in
     [-1, 1], multiples of f = 2^(levels - 1); z: (B, z_channels, H/f, W/f); x_hat: as x, unbounded;
     all of x's dtype, under autocast too. quant_conv=False: the layout of SD3 and FLUX.1.
-    recompute: keep at most 40 % of the activations, with the same gradients."""
+    recompute: keep at most 40 % of the activations, with the same gradients. Its start is ours:
+    residual branches are zero, resampling and the 1×1 around z the identity. Random layers bury
+    colour under brightness on the way to z; the decoder then learns grey, and colour late."""
     def __init__(self, in_channels=3, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4,
                  quant_conv=True, recompute=False):
         super().__init__()
@@ -277,6 +283,8 @@ class AutoencoderKL(nn.Module):
         if quant_conv:
             self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
             self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+            nn.init.dirac_(self.quant_conv.weight)
+            nn.init.dirac_(self.post_quant_conv.weight)
     @property
     def last_layer(self):
         """The weight at which λ compares two gradients: (in_channels, ch, 3, 3)."""
@@ -371,13 +379,11 @@ class WarmUp:
         D trains       no         yes               yes                   yes
         w(t)           0           0           rises linearly to 1         1
 
-    start: T, or "plateau": where the median loss of `window` records is less than `tolerance` below
-    that of the `window` before, `patience` times in a row, half a window on; by step `latest`."""
-    def __init__(self, start="plateau", lead=0, ramp=0, window=10, tolerance=0.03, patience=3,
-                 latest=math.inf):
+    start: T, or "plateau": where the median loss of `window` records is less than 3 % below
+    that of the `window` before, three times in a row, half a window on; by step `latest`."""
+    def __init__(self, start="plateau", lead=0, ramp=0, window=10, latest=math.inf):
         self.start = None if start == "plateau" else int(start)
-        self.lead, self.ramp, self.latest = lead, ramp, latest
-        self.window, self.tolerance, self.patience = window, tolerance, patience
+        self.lead, self.ramp, self.window, self.latest = lead, ramp, window, latest
         self.losses, self.flat = [], 0  # flat: comparisons in a row without a fall
     def observe(self, rec_loss, step):
         """Feed the reconstruction loss of a record (ten steps) -> whether that decides T."""
@@ -387,9 +393,9 @@ class WarmUp:
         if len(self.losses) >= 2 * self.window:
             before = statistics.median(self.losses[-2 * self.window:-self.window])
             now = statistics.median(self.losses[-self.window:])
-            self.flat = self.flat + 1 if now > (1 - self.tolerance) * before else 0
+            self.flat = self.flat + 1 if now > 0.97 * before else 0
             self.losses = self.losses[(self.window + 1) // 2 - 2 * self.window:]  # half a window on
-        if self.flat >= self.patience or step >= self.latest:
+        if self.flat >= 3 or step >= self.latest:
             self.start = step
         return self.start is not None
     def trains_disc(self, step):
@@ -416,8 +422,8 @@ def high_frequency_energy(x):
     window = torch.outer(torch.hann_window(height, periodic=False, **like),
                          torch.hann_window(width, periodic=False, **like))
     spectrum = torch.view_as_real(torch.fft.fft2(x * window, norm="ortho"))
-    cycles_a_pixel = torch.hypot(torch.fft.fftfreq(height, **like)[:, None],
-                                 torch.fft.fftfreq(width, **like))
+    rows, columns = torch.fft.fftfreq(height, **like), torch.fft.fftfreq(width, **like)
+    cycles_a_pixel = torch.hypot(rows[:, None], columns)
     return (spectrum.pow(2).sum(-1) * (cycles_a_pixel > 0.25)).mean(dim=(1, 2, 3))
 
 class CollapseError(AssertionError):
@@ -431,10 +437,10 @@ class CollapseMonitor:
     """Notices, from a record every ten steps, that the training of a VAE-GAN goes wrong.
     Feed assert_healthy with means of ten steps, as far as you have them, of l2, rec_loss, kl_dim,
     grad_norm_dec (before clipping) and grad_ratio (w·‖∇adv‖/‖∇rec‖), and with what `look` measures.
-    A sign is up while its value exceeds its limit (CollapseMonitor(rebound=3) sets it). Collapsed:
-    damage is up in two records running, or in one within five records of a cause, or a term is not
-    finite. z_ignored and noise count once there was a picture (correlation over ½), if the GAN
-    dominates, or after 100 records. Needs: CollapseError, high_frequency_energy."""
+    A sign is up over its limit (CollapseMonitor(rebound=3) sets it). Collapsed: damage is up in two
+    records running, or in one within five records of a cause, or a term is not finite. z_ignored
+    and noise count once there was a picture (correlation over ½), if the GAN dominates, or after
+    100 records. Needs: CollapseError, high_frequency_energy."""
     SIGNS = dict(  # sign: limit, what is measured, remedy
         domination=(3.0, "gradient of GAN / reconstruction", "--adaptive, a smaller --disc-weight"),
         spike=(5.0, "decoder's gradient norm in deviations", "a smaller --lr or --disc-weight"),
@@ -472,7 +478,6 @@ class CollapseMonitor:
             other = (small - small_hat.roll(1, 0)).abs().mean()
             terms["other_z"] = (other + 0.002) / (own + 0.001)
         return terms
-
     def assert_healthy(self, step, terms):
         """Feed the record of a step, {term: number or 0-d tensor}. Raises CollapseError."""
         terms = {name: float(value) for name, value in terms.items()}
@@ -496,7 +501,6 @@ class CollapseMonitor:
             cause = f"{culprit}: {measured} was {self.last_up[culprit][1]:.3g}"
             raise CollapseError(step=step, sign=sign, value=self.values[sign],
                                 limit=self.limits[sign], cause=cause, remedy=remedy)
-
     def measure(self, terms):
         """-> {sign: value}; nan, which exceeds no limit, where a term is missing."""
         for term in self.TERMS:
@@ -566,8 +570,7 @@ class ImageFolder(Dataset):
         self.root, self.size, self.is_train, self.seed = root, size, train, seed
         self.files = []
         for folder, _, names in os.walk(root, followlinks=True):
-            self.files += [os.path.join(folder, name) for name in names
-                           if name.lower().endswith(SUFFIXES)]
+            self.files += [f"{folder}/{name}" for name in names if name.lower().endswith(SUFFIXES)]
         self.files.sort()
         self.epoch, self.order = None, None  # the newest shuffled pass
         if hold_out and len(self.files) > 1:
@@ -611,8 +614,7 @@ class ImageFolder(Dataset):
             x = int(torch.randint(image.width - side + 1, (), generator=generator))
             y = int(torch.randint(image.height - side + 1, (), generator=generator))
         box = (x, y, x + side, y + side)
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
-        pixels = pixels_of(image)
+        pixels = pixels_of(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box))
         if generator and torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(2)
         return pixels
@@ -860,8 +862,7 @@ class Trainer:
 
     def validate(self):
         """Measure and draw the averaged weights, keep the best -> the val_ terms of the log."""
-        measured = evaluate(self.average, self.val_set, self.device, self.perceptual,
-                            self.cfg.batch_size)
+        measured = evaluate(self.average, self.val_set, self.device, self.perceptual)
         self.latents = {name: measured[name] for name in self.latents}
         picture = self.folder / f"samples/{self.step:07d}.png"
         save_grid(picture, self.val_set, self.device, self.average)
@@ -1137,10 +1138,9 @@ def ssim(x, x_hat):
 
 @torch.no_grad()
 def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8):
-    """Measure a dataset of uint8 images, decoded from the posteriors' means and clamped -> dict:
-    images, how many; the means psnr (dB), ssim, lpips (or None), kl_dim (nats a latent dimension);
-    sharpness, high-frequency energy of all x̂ / of all x; scaling_factor, 1/std of all values of
-    samples z, and shift_factor, their mean."""
+    """Measure uint8 images, decoded from the posteriors' means and clamped -> dict: images, their
+    number; means psnr (dB), ssim, lpips (or None), kl_dim (nats a latent dimension); sharpness,
+    high-frequency energy of x̂ / x; scaling_factor and shift_factor, 1/std and mean of z."""
     noise, rows = torch.Generator(device).manual_seed(0), []
     for images in DataLoader(dataset, batch_size):
         x = to_model(images, device)
