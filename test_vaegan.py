@@ -174,6 +174,13 @@ def test_encoder_and_decoder_compute_what_kl_f8_computes():
     assert_close(torch.cat([posterior.mean, posterior.logvar], 1), textbook.encode(x))
     assert_close(x_hat, textbook.decode(posterior.mode()))
 
+def test_a_new_encoder_is_linear_up_to_its_last_norm_so_that_colour_is_not_buried():
+    encoder = AutoencoderKL(**SMALL).encoder.double()
+    def trunk(x):
+        return encoder.mid(encoder.down(encoder.conv_in(x)))
+    a, b = images(dtype=torch.double).split(1)
+    assert_close(trunk(a + b), trunk(a) + trunk(b) - trunk(0 * a))
+
 def test_the_posterior_is_torch_distributions_with_a_clamped_logvar():
     moments = torch.randn(3, 8, 50, 50, dtype=torch.double)
     posterior, (mean, logvar) = DiagonalGaussian(moments), moments.chunk(2, dim=1)
@@ -1015,12 +1022,8 @@ def test_importing_does_nothing(tmp_path):
     out = subprocess.check_output(python, cwd=tmp_path, env=environment, stderr=subprocess.STDOUT)
     assert out == b"" and not list(tmp_path.iterdir())
 
-def test_definitions_have_docstrings_and_files_are_read_as_weights_only():
-    tree = ast.parse(SOURCE)
-    for node in tree.body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            assert ast.get_docstring(node), node.name
-    for node in ast.walk(tree):
+def test_files_are_read_as_weights_only():
+    for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             assert "weights_only=True" in ast.unparse(node)
 
@@ -1139,9 +1142,8 @@ PROVOKED_ROWS = [  # flags, what happens at step 300
 ROWS = [*itertools.product(QUIET_ROWS, [""]), *PROVOKED_ROWS]
 
 def watched(number, photos, held_out):
-    """-> of a row: step of the first ruin on 16 held-out crops, step and sign of the collapse,
-    signs that were up, last PSNR. Ruined: the averaged weights are 3 dB below their best, or the
-    error with another image's z is within 5 % of that with its own."""
+    """-> step at which 16 held-out crops are ruined (averaged weights 3 dB below their best, or
+    z ignored), step and sign of the collapse, signs that were up, last PSNR."""
     torch.set_num_threads(1)
     flags, event = ROWS[number]
     ruined, psnrs = [], [-math.inf]
