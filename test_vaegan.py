@@ -363,7 +363,6 @@ QUIET = {  # what a healthy run may do
     "noise": [(300, {})],
     "a dip of 1.5 dB": [(60, {}), (10, dict(l2=1.41, rec_loss=1.19)), (60, {})],
     "a falling loss": [(200, {"growth of l2": 0.98, "growth of rec_loss": 0.99})],
-    "a slow decline": [(200, {"growth of l2": 1.001, "growth of rec_loss": 1.0005})],
     "a bad batch": [(50, {}), (1, dict(l2=1.8, rec_loss=1.4, grad_norm_dec=2, corr=0.1)), (50, {})],
     "texture that costs PSNR alone": [(60, {}), (99, dict(l2=1.9))],
     "no picture yet": [(30, dict(corr=0.01, other_z=0.4))]}
