@@ -344,7 +344,7 @@ def watch(*phases, monitor=None, seed=0, step=0):
 
 WRONG = dict(  # sign: what shows it and no other
     domination=dict(grad_ratio=12), spike=dict(grad_norm_dec=12),
-    rebound=dict(l2=2.3, rec_loss=1.5), z_ignored=dict(other_z=0.2),
+    rebound=dict(l2=3.2, rec_loss=1.8), z_ignored=dict(other_z=0.2),
     noise=dict(corr=0.05), kl_gone=dict(kl_dim=0.003))
 
 @each("sign", WRONG)
@@ -1121,7 +1121,7 @@ QUIET_ROWS = [
     "--lr 2e-3 --lr-disc 1e-3 --batch-size 2", "--disc-start plateau --steps 1000", COLD, LPIPS,
     LPIPS + "--image-size 64", LEAVES, LEAVES + "--batch-size 2 --image-size 64", LEAVES + LPIPS,
     "--pixel-loss l2", "--kl-weight 1e-6", "--kl-weight 1e-1", "--disc-weight 1", "--texture ns",
-    "--texture wgan-gp", LPIPS + "--texture wgan-gp --disc-weight 1"]
+    "--texture wgan-gp", LPIPS + "--texture ns", "--disc-weight 1 --batch-size 2"]
 NOISE = "for p in run.vae.parameters(): p.data += {} * p.std(correction=0) * torch.randn(p.shape)"
 FASTER = "object.__setattr__(run.cfg, 'lr', 30 * run.cfg.lr)"
 PIN = "q = run.vae.quant_conv.requires_grad_(False); "
@@ -1132,9 +1132,9 @@ PROVOKED_ROWS = [  # flags, what happens at step 300
     (LEAVES + ALONE + "--disc-weight 10", ""), ("--no-spectral", ""), ("--clip 0", ""),
     (ALONE + "--no-spectral --disc-weight 10", ""), (ALONE + "--clip 0 --disc-weight 10", ""),
     ("--lr-disc 1e-2", ""), (ALONE + "--lr-disc 1e-2 --disc-weight 1", ""),
-    ("--kl-weight 10", ""), ("--kl-weight 30", ""), ("", FASTER), ("--disc-weight 0", FASTER),
-    ("", NOISE.format(1)), ("", NOISE.format(3)), ("--disc-weight 0", NOISE.format(10)),
-    ("", PIN + "q.weight.data[4:] = 0; q.bias.data[4:] = 20"),
+    ("--kl-weight 10", ""), ("--kl-weight 30", ""), (LPIPS + "--texture wgan-gp --disc-weight 1", ""),
+    ("", FASTER), ("--disc-weight 0", FASTER), ("", NOISE.format(1)), ("", NOISE.format(3)),
+    ("--disc-weight 0", NOISE.format(10)), ("", PIN + "q.weight.data[4:] = 0; q.bias.data[4:] = 20"),
     ("", PIN + "q.weight.data *= 0; q.bias.data *= 0"),
     ("", "run.train_set.decode = lambda file: Image.new('RGB', (99, 99))"),
     ("--precision fp16", "run.vae.decoder.conv_in.weight.data *= 1e9")]

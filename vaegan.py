@@ -437,14 +437,14 @@ class CollapseMonitor:
     """Notices, from a record every ten steps, that the training of a VAE-GAN goes wrong.
     Feed assert_healthy with means of ten steps, as far as you have them, of l2, rec_loss, kl_dim,
     grad_norm_dec (before clipping) and grad_ratio (w·‖∇adv‖/‖∇rec‖), and with what `look` measures.
-    A sign is up over its limit (CollapseMonitor(rebound=3) sets it). Collapsed: damage is up in two
+    A sign is up over its limit (CollapseMonitor(rebound=4) sets it). Collapsed: damage is up in two
     records running, or in one within five records of a cause, or a term is not finite. z_ignored
     and noise count once there was a picture (correlation over ½), if the GAN dominates, or after
     100 records. Needs: CollapseError, high_frequency_energy."""
     SIGNS = dict(  # sign: limit, what is measured, remedy
         domination=(3.0, "gradient of GAN / reconstruction", "--adaptive, a smaller --disc-weight"),
         spike=(5.0, "decoder's gradient norm in deviations", "a smaller --lr or --disc-weight"),
-        rebound=(2.5, "dB of the reconstruction above its best", "a smaller --lr or --disc-weight"),
+        rebound=(3.5, "dB of the reconstruction above its best", "a smaller --lr or --disc-weight"),
         z_ignored=(0.95, "error with own z / another's", "a smaller --disc-weight or --kl-weight"),
         noise=(0.75, "1 - correlation of x̂ with x", "a smaller --disc-weight or --lr"),
         kl_gone=(10.0, "peak of the KL / now", "a smaller --kl-weight"))
