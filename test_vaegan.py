@@ -1132,10 +1132,10 @@ PROVOKED_ROWS = [  # flags, what happens at step 300
     (LEAVES + ALONE + "--disc-weight 10", ""), ("--no-spectral", ""), ("--clip 0", ""),
     (ALONE + "--no-spectral --disc-weight 10", ""), (ALONE + "--clip 0 --disc-weight 10", ""),
     ("--lr-disc 1e-2", ""), (ALONE + "--lr-disc 1e-2 --disc-weight 1", ""),
-    ("--kl-weight 10", ""), ("--kl-weight 30", ""), (LPIPS + "--texture wgan-gp --disc-weight 1", ""),
-    ("", FASTER), ("--disc-weight 0", FASTER), ("", NOISE.format(1)), ("", NOISE.format(3)),
-    ("--disc-weight 0", NOISE.format(10)), ("", PIN + "q.weight.data[4:] = 0; q.bias.data[4:] = 20"),
-    ("", PIN + "q.weight.data *= 0; q.bias.data *= 0"),
+    ("--kl-weight 10", ""), ("--kl-weight 30", ""), ("", FASTER), ("", NOISE.format(1)),
+    (LPIPS + "--texture wgan-gp --disc-weight 1", ""), ("--disc-weight 0", FASTER),
+    ("", NOISE.format(3)), ("", PIN + "q.weight.data[4:] = 0; q.bias.data[4:] = 20"),
+    ("--disc-weight 0", NOISE.format(10)), ("", PIN + "q.weight.data *= 0; q.bias.data *= 0"),
     ("", "run.train_set.decode = lambda file: Image.new('RGB', (99, 99))"),
     ("--precision fp16", "run.vae.decoder.conv_in.weight.data *= 1e9")]
 ROWS = [*itertools.product(QUIET_ROWS, [""]), *PROVOKED_ROWS]
