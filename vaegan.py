@@ -152,7 +152,7 @@ class ResnetBlock(nn.Module):
         self.recompute = recompute
         self.norm1, self.conv1 = GroupNorm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = GroupNorm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.weight)  # at first x passes as it is: see AutoencoderKL
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
     def forward(self, x):
@@ -223,7 +223,7 @@ class Encoder(nn.Module):
             c = ch * mult
         self.mid = middle(c, recompute)
         self.norm_out, self.conv_out = GroupNorm(c), nn.Conv2d(c, 2 * z_channels, 3, padding=1)
-        nn.init.kaiming_normal_(self.conv_out.weight, nonlinearity="linear")
+        nn.init.kaiming_normal_(self.conv_out.weight, nonlinearity="linear")  # or noise hides z
     def forward(self, x):
         h = self.mid(self.down(self.conv_in(x)))  # (B, ch·ch_mult[-1], H/f, W/f)
         return norm_silu_conv(self.norm_out, self.conv_out, h, self.recompute)
