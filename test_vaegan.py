@@ -286,11 +286,6 @@ def test_lpips_equals_the_package_and_is_frozen_even_in_a_training_parent():
     (distance + perceptual(x, x_hat)).sum().backward()
     assert x.grad is None and x_hat.grad.isfinite().all() and x_hat.grad.any()
 
-def test_lpips_without_its_weights_is_an_error(tmp_path, monkeypatch):
-    without_network(monkeypatch, tmp_path)
-    with pytest.raises(ImportError, match="squeeze"):  # and never a random trunk
-        Perceptual("squeeze")
-
 def test_warm_up_by_step_has_a_lead_of_d_and_a_linear_ramp():
     warm_up = WarmUp(10, lead=5, ramp=20)
     assert [warm_up.trains_disc(step) for step in (0, 9, 10, 99)] == [0, 0, 1, 1]
@@ -391,14 +386,6 @@ def test_a_missing_term_is_no_sign_and_one_that_is_not_finite_stops_at_once():
     for value in (math.nan, math.inf):
         with pytest.raises(CollapseError, match="lpips"):
             monitor.assert_healthy(10, dict(l1=0.1, lpips=torch.tensor(value)))
-
-def test_the_monitor_continues_from_its_state_as_if_it_had_not_stopped(tmp_path):
-    rest, other = [(3, WRONG["spike"]), (4, WRONG["rebound"])], CollapseMonitor()
-    whole, error = watch((60, {}), *rest)
-    torch.save(watch((60, {}))[0].state_dict(), tmp_path / "state.pt")
-    other.load_state_dict(checkpoint(tmp_path / "state.pt"))
-    assert error is not None and str(watch(*rest, monitor=other, step=600)[1]) == str(error)
-    assert same(other.state_dict(), whole.state_dict())
 
 def test_a_look_measures_what_its_terms_say():
     x, shift = images(3), torch.tensor([0.7, 0.0, -0.2]).view(3, 1, 1)
@@ -1079,6 +1066,16 @@ def ours(vae, disc, perceptual, x, autocast):
     x_hat, _ = g_step(vae, x, disc, perceptual=perceptual, autocast=autocast)
     discriminator_step(disc, x, x_hat, autocast=autocast)
 
+class Diffusers(torch.nn.Module):
+    """diffusers' AutoencoderKL, called as ours."""
+    def __init__(self, ch):
+        super().__init__()
+        self.vae = diffusers_autoencoder(ch, 2, (1, 2, 4, 4), latent_channels=4)
+        self.last_layer = self.vae.decoder.conv_out.weight
+    def forward(self, x, generator=None):
+        posterior = self.vae.encode(x).latent_dist
+        return self.vae.decode(posterior.sample(generator)).sample, posterior
+
 def bench(ch=64, size=128, batch=2, rounds=7):
     """Print a table of steps, interleaved, after a first round that does not count. LPIPS is
     untrained, which takes the same time. Memory is what autograd keeps of the autoencoder."""
@@ -1090,6 +1087,8 @@ def bench(ch=64, size=128, batch=2, rounds=7):
             ("and recompute", ours, vae, last, True, fp32),
             ("and bf16", ours, vae, last, True, bf16),
             ("bf16 without recompute", ours, vae, last, False, bf16)]
+    with contextlib.suppress(pytest.skip.Exception):  # where there is no diffusers
+        ways += [("textbook, diffusers", textbook, Diffusers(ch), plain, False, fp32)]
     table = {}
     for name, step, net, layout, recompute, autocast in ways:
         nets = [copy.deepcopy(n).to(memory_format=layout) for n in (net, disc, perceptual)]
