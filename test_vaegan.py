@@ -1164,8 +1164,8 @@ def watched(number, photos, held_out):
             return {}
     vaegan.Trainer, printed = Watched, io.StringIO()
     argv = f"{BASE} --data={photos} --val={held_out} {flags} --seed {100 + number}".split()
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(printed), \
-            contextlib.redirect_stderr(printed):
+    with (tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(printed),
+          contextlib.redirect_stderr(printed)):
         vaegan.main([*argv, "--out", out])
     found = re.search(r"collapse at step (\d+): (\w+)", printed.getvalue()) or ["", "0", ""]
     return min(ruined, default=0), int(found[1]), found[2], up, psnrs[-1]
