@@ -126,11 +126,19 @@ class Config:
             self.refuse("disc_start", "must be a step or the word plateau")
         if self.freeze_encoder and not self.init:
             self.refuse("freeze_encoder", "a new encoder is not worth keeping; give --init FILE")
-        check_image_size(self.image_size, self.ch_mult)
+        f = 2 ** (len(self.ch_mult) - 1)
+        if self.image_size < 32 or self.image_size % f > 0:  # LPIPS with alex needs 32
+            self.refuse("image_size", f"must be a multiple of {f}, and at least 32")
 
     def refuse(self, name, reason):
         """Raise UsageError about a flag."""
         raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: {reason}")
+
+    @property
+    def folder(self):
+        """The folder of the run: --out, or one with the names of preset and data."""
+        name = Path(self.data).resolve().name if self.data else "leaves"
+        return Path(self.out or f"run/{self.preset}-{name}")
 
     @classmethod
     def of(cls, preset="auto", **flags):
@@ -143,8 +151,8 @@ class Config:
             tiny = {f.name: f.metadata["tiny"] for f in fields(cls)}
             values = {name: value for name, value in tiny.items() if value is not None}
         if flags.get("init"):
-            folder = run_folder(preset, flags.get("data"), flags.get("out"))
-            file = newest_save(folder) or flags["init"]  # a save holds all that continuing needs
+            place = {name: flags[name] for name in ("data", "out") if name in flags}
+            file = newest_save(cls(preset=preset, **place).folder) or flags["init"]
             widths = load_autoencoder(file)[0].widths
             values.update(widths, disc_start="0")  # a trained reconstruction has saturated
         cfg = cls(**{**values, **flags, "preset": preset})
@@ -152,13 +160,6 @@ class Config:
             if getattr(cfg, name) != width:
                 cfg.refuse(name, f"{file} has {width}; leave the flag out")
         return cfg
-
-
-def check_image_size(size, ch_mult):
-    """Raise UsageError for images that autoencoder, discriminator or LPIPS cannot take."""
-    f = 2 ** (len(ch_mult) - 1)
-    if size < 32 or size % f > 0:
-        raise UsageError(f"--image-size {size}: must be a multiple of {f}, and at least 32")
 
 
 # Sections 3 to 6 depend on torch and the standard library alone (Perceptual on lpips too): copy all
@@ -172,18 +173,25 @@ def group_norm(channels):
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def norm_silu_conv(norm, conv, x, recompute=False):
-    """conv(silu(norm(x))). recompute: norm and SiLU run again in backward, to save memory."""
-    if recompute:
-        options = dict(use_reentrant=False, preserve_rng_state=False)
-        return checkpoint(norm_silu_conv, norm, conv, x, **options)
+def norm_silu_conv(norm, conv, x):
+    """conv(silu(norm(x)))."""
     return conv(F.silu(norm(x)))
 
 
-class ResnetBlock(nn.Module):
-    """x + two times norm, SiLU, convolution."""
+class Recomputable(nn.Module):
+    """A module that can run its steps again in backward, to save memory: see AutoencoderKL."""
 
     recompute = False
+
+    def run(self, step, *args):
+        """step(*args). With recompute, nothing but its inputs is kept for backward."""
+        if not self.recompute:
+            return step(*args)
+        return checkpoint(step, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class ResnetBlock(Recomputable):
+    """x + two times norm, SiLU, convolution."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -196,8 +204,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x):
         """(B, c_in, H, W) -> (B, c_out, H, W)."""
-        h = norm_silu_conv(self.norm1, self.conv1, x, self.recompute)
-        h = norm_silu_conv(self.norm2, self.conv2, h, self.recompute)
+        h = self.run(norm_silu_conv, self.norm1, self.conv1, x)
+        h = self.run(norm_silu_conv, self.norm2, self.conv2, h)
         return self.nin_shortcut(x) + h
 
 
@@ -221,42 +229,22 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    """Stride-2 convolution, with zeros at right and bottom."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-        nn.init.dirac_(self.conv.weight)
-
-    def forward(self, x):
-        """(B, C, H, W) -> (B, C, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # left, right, top, bottom
+def downsample(channels):
+    """A stride-2 convolution, zeros at right and bottom: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    nn.init.dirac_(conv.weight)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution."""
-
-    recompute = False
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.dirac_(self.conv.weight)
-
-    def double(self, x):
-        """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-    def forward(self, x):
-        """The same; with recompute it runs again in backward, which keeps the smaller x alone."""
-        if self.recompute:
-            return checkpoint(self.double, x, use_reentrant=False, preserve_rng_state=False)
-        return self.double(x)
+def upsample(channels):
+    """Nearest neighbours, then a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    nn.init.dirac_(conv.weight)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, then perhaps Downsample or Upsample."""
+class Level(Recomputable):
+    """Residual blocks at one resolution, then perhaps a change to the next."""
 
     def __init__(self, c_in, c_out, num_blocks, downsample=None, upsample=None):
         super().__init__()
@@ -267,8 +255,8 @@ class Level(nn.Module):
         self.upsample = upsample or nn.Identity()
 
     def forward(self, x):
-        """(B, c_in, H, W) -> (B, c_out, H', W')."""
-        return self.upsample(self.downsample(self.block(x)))
+        """(B, c_in, H, W) -> (B, c_out, H, W), or at half or twice the size."""
+        return self.run(self.upsample, self.downsample(self.block(x)))
 
 
 def middle(channels):
@@ -277,10 +265,8 @@ def middle(channels):
     return nn.Sequential(OrderedDict(block_1=block_1, attn_1=AttnBlock(channels), block_2=block_2))
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputable):
     """Image to moments, at 1/f of the size, f = 2^(levels - 1)."""
-
-    recompute = False
 
     def __init__(self, in_channels, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
@@ -288,8 +274,8 @@ class Encoder(nn.Module):
         self.down = nn.Sequential()
         c = ch
         for i, mult in enumerate(ch_mult):
-            downsample = Downsample(ch * mult) if i < len(ch_mult) - 1 else None
-            self.down.append(Level(c, ch * mult, num_res_blocks, downsample=downsample))
+            down = downsample(ch * mult) if i < len(ch_mult) - 1 else None
+            self.down.append(Level(c, ch * mult, num_res_blocks, downsample=down))
             c = ch * mult
         self.mid = middle(c)
         self.norm_out = group_norm(c)
@@ -299,13 +285,11 @@ class Encoder(nn.Module):
     def forward(self, x):
         """(B, in_channels, H, W) -> (B, 2·z_channels, H/f, W/f)."""
         h = self.mid(self.down(self.conv_in(x)))  # (B, ch·ch_mult[-1], H/f, W/f)
-        return norm_silu_conv(self.norm_out, self.conv_out, h, self.recompute)
+        return self.run(norm_silu_conv, self.norm_out, self.conv_out, h)
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputable):
     """Latent to image."""
-
-    recompute = False
 
     def __init__(self, out_channels, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
@@ -315,8 +299,8 @@ class Decoder(nn.Module):
         levels = []  # from coarse to fine, as they run
         for i in reversed(range(len(ch_mult))):
             c_out = ch * ch_mult[i]
-            upsample = Upsample(c_out) if i > 0 else None
-            levels.append(Level(c, c_out, num_res_blocks + 1, upsample=upsample))
+            up = upsample(c_out) if i > 0 else None
+            levels.append(Level(c, c_out, num_res_blocks + 1, upsample=up))
             c = c_out
         self.up = nn.ModuleList(reversed(levels))  # CompVis counts them from fine to coarse
         self.norm_out = group_norm(c)
@@ -327,7 +311,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))  # (B, ch·ch_mult[-1], h, w)
         for level in reversed(self.up):
             h = level(h)  # in the end (B, ch·ch_mult[0], h·f, w·f)
-        return norm_silu_conv(self.norm_out, self.conv_out, h, self.recompute)
+        return self.run(norm_silu_conv, self.norm_out, self.conv_out, h)
 
 
 class DiagonalGaussian:
@@ -608,7 +592,6 @@ class CollapseMonitor:
     }
     CAUSES = ("domination", "spike")
     DAMAGE = ("rebound", "z_ignored", "noise", "kl_gone")
-    TERMS = ("grad_ratio", "grad_norm_dec", "l2", "rec_loss", "corr", "other_z", "kl_dim")
     STATE = ("count", "history", "values", "over", "best_corr", "peak_kl", "best_level")
 
     def __init__(self, **limits):
@@ -654,7 +637,7 @@ class CollapseMonitor:
             cause = f"overflow of {', '.join(broken)}; all terms: {terms}"
             remedy = "less --lr, or --precision fp32"
             raise CollapseError(step, "non_finite", len(broken), 0, cause, remedy)
-        self.values = self.measure(terms)
+        self.take_in(terms)
         was_damaged = any(sign in self.over[-1] for sign in self.DAMAGE)
         over = {sign: v for sign, v in self.values.items() if v > self.limits[sign]}
         self.over = [*self.over, over][-6:]
@@ -673,14 +656,13 @@ class CollapseMonitor:
         """The values of a term in the newest `count` records, of those that have it."""
         return [record[term] for record in self.history[-count:] if term in record]
 
-    def measure(self, terms):
-        """A record, with the 20 before it -> {sign: value}, of the signs whose terms there are."""
-        record = {name: terms[name] for name in self.TERMS if name in terms}
-        if terms.get("batch_spread", 1.0) < 0.1:  # of photographs it is 0.34 to 0.54
+    def take_in(self, terms):
+        """Set self.values from a record and the 20 before it, for the signs whose terms there are."""
+        record, signs = dict(terms), {}
+        if record.get("batch_spread", 1.0) < 0.1:  # of photographs it is 0.34 to 0.54
             record.pop("other_z", None)  # alike images: another's z is as good
         self.history = [*self.history, record][-21:]
         self.count += 1
-        signs = {}
         if "grad_ratio" in record:
             signs["domination"] = record["grad_ratio"]
 
@@ -716,7 +698,7 @@ class CollapseMonitor:
         if "kl_dim" in record:
             self.peak_kl = max(self.peak_kl, min(record["kl_dim"], 1.0))
             signs["kl_gone"] = self.peak_kl / max(record["kl_dim"], 1e-12)
-        return signs
+        self.values = signs
 
     def state_dict(self):
         """What continuing needs."""
@@ -749,16 +731,10 @@ def pixels_of(image):
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
-def image_formats():
-    """{suffix: format} of what this installation of Pillow decodes, without programs and data."""
-    others, formats = ("EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"), Image.registered_extensions()
-    return {s: formats[s] for s in formats if formats[s] in Image.OPEN and formats[s] not in others}
-
-
-def find_images(root):
+def find_images(root, suffixes):
     """The images in a folder and below, sorted by name. Each real folder counts once; below the
     root what is hidden, __MACOSX and the folders of runs are left out."""
-    suffixes, files, seen = tuple(image_formats()), [], set()
+    files, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen or "log.jsonl" in names:  # a link back, or a run with its samples
@@ -782,15 +758,19 @@ class ImageFolder(Dataset):
 
     def __init__(self, root, size, train=True, seed=0, hold_out=0):
         self.root, self.size, self.is_train, self.seed = root, size, train, seed
-        self.formats = set(image_formats().values())
-        self.files = find_images(root)
-        self.epoch, self.order = None, None  # the newest shuffled pass
+        kinds = Image.registered_extensions()  # {suffix: kind}; kinds to leave out are no images
+        left_out = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}
+        self.formats = set(Image.OPEN) & set(kinds.values()) - left_out
+        suffixes = tuple(suffix for suffix, kind in kinds.items() if kind in self.formats)
+        self.files = find_images(root, suffixes)
+        if not self.files:
+            raise UsageError(f"{root}: no image here or below, with one of {' '.join(suffixes)}")
         if hold_out and len(self.files) > 1:
-            first = self.first_decodable()  # what is held out must not be one broken file
-            held_out = self.files[first::hold_out]
+            held_out = self.files[::hold_out]
             self.files = sorted(set(self.files) - set(held_out)) if train else held_out
-        self.first_decodable()
         self.reported = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # by workers
+        self.epoch, self.order = None, None  # the newest shuffled pass
+        self.decode_or_replace(0, None)
 
     def __len__(self):
         """The number of files."""
@@ -812,15 +792,6 @@ class ImageFolder(Dataset):
         pixels = self.crop(image, (1 + size) / 2, left, top)
         return pixels.flip(2) if flip < 0.5 else pixels
 
-    def first_decodable(self):
-        """The index of the first file that can be decoded."""
-        for k, file in enumerate(self.files):
-            with contextlib.suppress(Exception):
-                self.decode(file)
-                return k
-        kinds = " ".join(image_formats())
-        raise UsageError(f"{self.root}: no image here or below that can be decoded, of {kinds}")
-
     def decode_or_replace(self, k, generator):
         """The image of file k, or where that is broken another one."""
         try:
@@ -832,7 +803,7 @@ class ImageFolder(Dataset):
         for other in torch.randperm(len(self), generator=generator).tolist():
             with contextlib.suppress(Exception):
                 return self.decode(self.files[other])
-        raise UsageError(f"{self.root}: its images are gone")
+        raise UsageError(f"{self.root}: of {len(self)} images, {self.files[0]} …, none is whole")
 
     def decode(self, file):
         """A file as an upright RGB image, a large JPEG at 1/2, 1/4 or 1/8 of its size."""
@@ -887,15 +858,6 @@ class DeadLeaves(Dataset):
         across = torch.cos(2 * math.pi * angle) * column + torch.sin(2 * math.pi * angle) * row
         grating = 51 * contrast**2 * torch.sin(2 * math.pi / (4 * 8**frequency) * across)
         return F.avg_pool2d(pixels_of(colour) + grating, 2).round().clamp(0, 255).to(torch.uint8)
-
-
-def open_data(cfg, train):
-    """The training set of a Config, or the held-out one."""
-    folder = cfg.data if train else cfg.val or cfg.data
-    if folder:
-        return ImageFolder(folder, cfg.image_size, train, cfg.seed, hold_out=0 if cfg.val else 20)
-    leaves = dict(seed=cfg.seed) if train else dict(seed=cfg.seed + 1, length=64)
-    return DeadLeaves(cfg.image_size, **leaves)
 
 
 # ---- 8. The training step: one forward and one backward of the autoencoder a batch.
@@ -1023,15 +985,20 @@ class Trainer:
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
-        self.folder = run_folder(cfg.preset, cfg.data, cfg.out)
+        self.folder = cfg.folder
         self.has_gan = cfg.disc_weight > 0
-        self.step, self.drawn = 0, 0  # updates done; images drawn for them, by all ranks
+        self.step = 0  # updates done
         self.best = (False, -math.inf)  # of best.pt: was the GAN at full weight; score
         self.latents = dict(scaling_factor=None, shift_factor=None)
         self.unread = []  # terms since the last record
 
         # Data.
-        self.train_set, val_set = open_data(cfg, train=True), open_data(cfg, train=False)
+        size, hold_out = cfg.image_size, 0 if cfg.val else 20
+        self.train_set, val_set = DeadLeaves(size, cfg.seed), DeadLeaves(size, cfg.seed + 1, 64)
+        if cfg.data:
+            self.train_set = ImageFolder(cfg.data, size, True, cfg.seed, hold_out)
+        if cfg.val or cfg.data:
+            val_set = ImageFolder(cfg.val or cfg.data, size, False, cfg.seed, hold_out)
         self.val_set = Subset(val_set, range(0, len(val_set), len(val_set) // 256 + 1))
 
         # Networks.
@@ -1089,18 +1056,14 @@ class Trainer:
     def batches(self):
         """This rank's batches, (B, 3, H, W) uint8, from the next image on, without end."""
         size = self.cfg.batch_size
-        starts = itertools.count(self.drawn + RANK * size, WORLD_SIZE * size)
-        indices = (range(start, start + size) for start in starts)
-        workers = dict(num_workers=self.cfg.workers, worker_init_fn=leave_process_group)
-        pin_memory = self.device.type == "cuda"
+        first = self.step * self.cfg.accumulate * WORLD_SIZE + RANK  # in batches
+        indices = (range(k * size, (k + 1) * size) for k in itertools.count(first, WORLD_SIZE))
+        options = dict(num_workers=self.cfg.workers, worker_init_fn=leave_process_group)
+        options.update(pin_memory=self.device.type == "cuda")
         try:
-            yield from DataLoader(
-                self.train_set, batch_sampler=indices, pin_memory=pin_memory, **workers
-            )
+            yield from DataLoader(self.train_set, batch_sampler=indices, **options)
         except Exception as error:  # a killed worker, a folder that is gone, a full /dev/shm, …
-            reason = (
-                str(error).strip().splitlines()[-1]
-            )  # the lines before are a worker's traceback
+            reason = str(error).strip().splitlines()[-1]  # below a worker's traceback
             way_out = "mend that, or take --workers 0; the same command goes on from the last save"
             raise OSError(f"no more images: {reason}; {way_out}") from None
 
@@ -1112,7 +1075,7 @@ class Trainer:
         self.opt_vae.zero_grad()
         self.opt_disc.zero_grad()
         scale = self.scaler.scale(torch.ones((), device=self.device))  # 1 but with fp16
-        step_options = dict(autocast=self.autocast, scale=scale / cfg.accumulate)
+        precision = dict(autocast=self.autocast, scale=scale / cfg.accumulate)
         for _ in range(cfg.accumulate):
             x = to_model(next(batches), self.device)
             x_hat, terms = generator_step(
@@ -1127,13 +1090,13 @@ class Trainer:
                 adaptive=cfg.adaptive,
                 lambda_max=cfg.lambda_max or math.inf,
                 generator=self.noise,
-                **step_options,
+                **precision,
             )
             self.unread.append(terms)
             if trains_disc:
                 r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0  # lazy: Karras et al. 2020, §3.1
                 losses = dict(loss=self.d_loss, penalty=self.penalty, r1=r1)
-                terms = discriminator_step(self.disc_ddp, x, x_hat, **losses, **step_options)
+                terms = discriminator_step(self.disc_ddp, x, x_hat, **losses, **precision)
                 self.unread.append(terms)
 
         # GradScaler's order: unscale, clip and step each optimiser, then one update of the scale.
@@ -1155,7 +1118,6 @@ class Trainer:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(cfg.ema if step > 0 else 0.0)
         average(list(self.average.parameters()), list(self.vae.parameters()), None)
         self.step += 1
-        self.drawn += WORLD_SIZE * cfg.batch_size * cfg.accumulate
         if self.step % 10 == 0:
             self.unread.append(self.monitor.look(x, x_hat))
 
@@ -1217,7 +1179,7 @@ class Trainer:
         """What a checkpoint holds. `state_dict`, the averaged weights, opens in diffusers as it is;
         `training` is what continuing takes, with the weights that are trained."""
         training = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        training.update(drawn=self.drawn, best=self.best)
+        training["best"] = self.best
         weights = {name: weight.contiguous() for name, weight in self.average.state_dict().items()}
         about = dict(self.latents, version=VERSION, step=self.step, config=asdict(self.cfg))
         return dict(about, state_dict=weights, training=training)
@@ -1232,7 +1194,7 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = lr
         self.average.load_state_dict(saved["state_dict"])
-        self.step, self.drawn, self.best = saved["step"], training["drawn"], training["best"]
+        self.step, self.best = saved["step"], training["best"]
         self.latents = {name: saved[name] for name in self.latents}
 
     def begin_or_continue(self):
@@ -1278,11 +1240,8 @@ def train(cfg, signals=(), trainer=Trainer):
                 continue  # below: the only place that waits for the device
 
             record = run.read_record()
-            event = ""
-            if run.has_gan and run.warm_up.start is None:
+            if run.has_gan:
                 run.warm_up.observe(record["rec_loss"], run.step)
-                if run.warm_up.start is not None:
-                    event = f"L_rec has saturated; the GAN follows in {cfg.disc_lead} steps"
             try:
                 run.monitor.assert_healthy(run.step, record)
             except CollapseError as error:
@@ -1290,11 +1249,8 @@ def train(cfg, signals=(), trainer=Trainer):
                     run.report_collapse(error)
                     raise
                 if not has_warned:
-                    event = str(error)
-                has_warned = True
-            if event:
-                record["event"] = event
-                tqdm.write(f"step {run.step}: {event}")
+                    has_warned, record["event"] = True, str(error)
+                    tqdm.write(record["event"])
             is_done = run.step == cfg.steps
             if is_done or run.step % cfg.sample_every == 0:
                 record |= run.validate()
@@ -1364,14 +1320,9 @@ def leave_process_group(worker):
     os.setpgrp()
 
 
-def run_folder(preset, data, out):
-    """The folder of a run: --out, or one with the names of preset and data."""
-    name = Path(data).resolve().name if data else "leaves"
-    return Path(out or f"run/{preset}-{name}")
-
-
 def newest_save(folder):
-    """last.pt, or where a kill came between two renames previous.pt; None without either."""
+    """last.pt, or where a kill came between two renames previous.pt; None without either. It holds
+    all that continuing needs, also the widths of an autoencoder that began from --init."""
     saves = [folder / "last.pt", folder / "previous.pt"]
     return next((file for file in saves if file.exists()), None)
 
@@ -1485,10 +1436,9 @@ def load_autoencoder(path, recompute=False):
         vae = AutoencoderKL(3, ch, ch_mult, len(blocks), z_channels, quant_conv, recompute)
         vae.load_state_dict(state)
     except Exception as error:  # whatever the file holds
+        reason = str(error)[:200]
         way_out = "give Stable Diffusion's, or a checkpoint of vaegan.py"
-        raise UsageError(
-            f"{path} holds no KL autoencoder ({str(error)[:200]}); {way_out}"
-        ) from None
+        raise UsageError(f"{path} holds no KL autoencoder ({reason}); {way_out}") from None
     return vae, content
 
 
@@ -1591,7 +1541,7 @@ def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
     vaes, contents = zip(*[load_autoencoder(path) for path in checkpoint])
     size = image_size or contents[0].get("config", {}).get("image_size", 256)
     for vae in vaes:
-        check_image_size(size, vae.widths["ch_mult"])
+        Config(image_size=size, ch_mult=vae.widths["ch_mult"])  # refuses a size that does not fit
     dataset = ImageFolder(data, size, train=False) if data else DeadLeaves(size, 1, length=64)
     perceptual, about = None, f"LPIPS-{perceptual_net}"
     try:
