@@ -15,6 +15,8 @@ import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -211,6 +213,7 @@ def test_encoder_and_decoder_compute_what_kl_f8_computes():
     x_hat, posterior = vae(x, sample=False)
     assert_close(torch.cat([posterior.mean, posterior.logvar], 1), textbook.encode(x))
     assert_close(x_hat, textbook.decode(posterior.mode()))
+    assert posterior.mean.is_contiguous()  # a view of half the channels is not
 
 
 def test_a_new_encoder_is_linear_up_to_its_last_norm_so_that_colour_is_not_buried():
@@ -302,20 +305,25 @@ def test_without_spectral_norm_it_convolves_with_its_weights_as_they_are():
     assert_close(disc(images()), h)
 
 
-# ---- 5. Losses, and when the adversarial one comes on
+# ---- 5. Losses, and when the adversarial one is switched on
 
 
-def test_adaptive_weight_and_r1_have_their_textbook_values():
+def test_lambda_is_vqgans_ratio_when_d_is_strong_and_its_bound_when_d_is_weak():
     g_rec, g_adv = torch.randn(3, 8, 8), torch.randn(3, 8, 8, requires_grad=True)
-    norm, norm_adv = [math.sqrt(g.square().sum()) for g in (g_rec, g_adv)]
-    lam = vaegan.adaptive_weight(g_rec, g_adv)
-    assert lam.item() == approx(norm / (norm_adv + 1e-4)) and not lam.requires_grad
-    assert vaegan.adaptive_weight(g_rec, 0 * g_adv).item() == approx(norm / 1e-4)
-    assert vaegan.adaptive_weight(g_rec, g_adv, max_weight=0.01).item() == approx(0.01)
-    x = images(5, 8).requires_grad_()  # of a linear critic
-    penalty = vaegan.r1_penalty((g_adv * x).sum(dim=(1, 2, 3)), x)
-    assert_close(penalty, g_adv.square().sum())
-    assert_close(torch.autograd.grad(penalty, g_adv)[0], 2 * g_adv)
+    norm, norm_adv = [math.sqrt(g.detach().square().sum()) for g in (g_rec, g_adv)]
+    strong = vaegan.adaptive_weight(g_rec, 100 * g_adv)
+    assert strong.item() == approx(norm / (100 * norm_adv + 1e-4)) and not strong.requires_grad
+    for weak in (g_adv, 0 * g_adv):
+        assert vaegan.adaptive_weight(g_rec, weak).item() == approx(0.05)
+        ratio = norm / (weak.norm().item() + 1e-4)
+        assert vaegan.adaptive_weight(g_rec, weak, max_weight=math.inf).item() == approx(ratio)
+
+
+def test_the_r1_penalty_of_a_linear_critic_is_exact():
+    weight, x = torch.randn(3, 8, 8, requires_grad=True), images(5, 8).requires_grad_()
+    penalty = vaegan.r1_penalty((weight * x).sum(dim=(1, 2, 3)), x)
+    assert_close(penalty, weight.square().sum())
+    assert_close(torch.autograd.grad(penalty, weight)[0], 2 * weight)
 
 
 def test_hinge_losses_have_textbook_values_and_no_gradient_beyond_the_margin():
@@ -351,29 +359,26 @@ def test_warm_up_by_step_has_a_lead_of_d_and_a_linear_ramp():
     assert [WarmUp(3).weight(step) for step in (2, 3, 4)] == [0, 1, 1]
 
 
-def noisy_loss(seed):
-    """It falls by a fifth in 50 steps, until step 500."""
-    noise = 0.1 * torch.randn(1000, generator=seeded(seed))
-    return (0.8 ** (torch.arange(1000).clamp(max=500) / 50) * noise.exp()).tolist()
+def observe(warm_up, records):
+    """Feed noisy records of a loss that falls by a fifth in 50 records, until the 500th."""
+    for k in records:
+        noise = random.Random(k).gauss(0, 0.1)
+        warm_up.observe(0.8 ** (min(k, 500) / 50) * math.exp(noise), 10 * k)
+    return warm_up
 
 
-@each("seed", range(5))
-def test_plateau_does_not_fire_while_a_noisy_loss_falls_but_once_it_is_flat(seed):
-    warm_up, early = WarmUp(window=50), WarmUp(window=50, latest=123)
-    decided = [step for step, loss in enumerate(noisy_loss(seed)) if warm_up.observe(loss, step)]
-    assert len(decided) == 1 and 500 <= decided[0] == warm_up.start < 800
-    assert [early.observe(0.9**step, step) for step in (0, 122, 123, 124)] == [0, 0, 1, 0]
+def test_plateau_waits_while_a_noisy_loss_falls_and_half_of_the_steps_at_most():
+    assert observe(WarmUp(steps=10_000), range(500)).start is None
+    assert 5000 <= observe(WarmUp(steps=20_000), range(1000)).start < 9000
+    assert observe(WarmUp(steps=3000), range(200)).start == 1500
 
 
 def test_warm_up_continues_from_its_state_unless_a_step_is_given():
-    whole, part, asked, losses = WarmUp(), WarmUp(), WarmUp(7), noisy_loss(0)
-    for step in range(15):
-        whole.observe(losses[step], step)
+    whole, part, asked = observe(WarmUp(steps=20_000), range(300)), WarmUp(steps=20_000), WarmUp(7)
     part.load_state_dict(json.loads(json.dumps(whole.state_dict())))
-    for step in range(15, 1000):
-        assert whole.observe(losses[step], step) == part.observe(losses[step], step)
+    assert observe(whole, range(300, 999)).start == observe(part, range(300, 999)).start > 5000
     asked.load_state_dict(whole.state_dict())
-    assert whole.start == part.start > 15 and asked.start == 7
+    assert asked.start == 7
 
 
 # ---- 6. Collapse
@@ -386,6 +391,7 @@ HEALTHY = dict(  # term: its level in a healthy run, and the noise of its logari
     corr=(0.8, 0.08),
     grad_norm_dec=(1, 0.12),
     other_z=(2.5, 0.25),
+    batch_spread=(0.4, 0.1),
 )
 
 
@@ -401,7 +407,7 @@ def watch(*phases, monitor=None, seed=0, step=0):
             terms[name] = level * math.exp(noise.gauss(0, spread))
         try:
             monitor.assert_healthy(step, terms)
-        except CollapseError as raised:
+        except vaegan.CollapseError as raised:
             error = error or raised
     return monitor, error
 
@@ -437,6 +443,7 @@ QUIET = {  # what a healthy run may do
     "a bad batch": [(50, {}), (1, dict(l2=1.8, rec_loss=1.4, grad_norm_dec=2, corr=0.1)), (50, {})],
     "texture that costs PSNR alone": [(60, {}), (99, dict(l2=1.9))],
     "no picture yet": [(30, dict(corr=0.01, other_z=0.4))],
+    "images that are alike": [(60, dict(other_z=0.4, batch_spread=0.1))],
 }
 
 
@@ -463,7 +470,7 @@ def test_a_missing_term_is_no_sign_and_one_that_is_not_finite_stops_at_once():
     for record in range(200):
         monitor.assert_healthy(record, {"kl_dim": 3.0} if record % 2 else {})
     for value in (math.nan, math.inf):
-        with pytest.raises(CollapseError, match="lpips"):
+        with pytest.raises(vaegan.CollapseError, match="lpips"):
             monitor.assert_healthy(10, dict(l1=0.1, lpips=torch.tensor(value)))
 
 
@@ -482,6 +489,8 @@ def test_a_look_measures_what_its_terms_say():
     assert terms["high_freq"].item() == approx((energy_hat / energy).item())
     blind = CollapseMonitor.look(x, x_hat[:1].expand(3, -1, -1, -1))
     assert 0.99 < blind["other_z"] < 1 / 0.95
+    spread = (small - small[[2, 0, 1]]).abs().mean()
+    assert terms["batch_spread"].item() == approx(spread.item())
 
 
 @each("cycles, share", [(0.1, 0), (0.2, 0), (0.3, 1), (0.45, 1)])
@@ -501,46 +510,90 @@ def test_images_of_every_kind_become_upright_rgb_squares(tmp_path):
     palette = Image.new("P", (40, 36), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     Image.fromarray(grey16).save(tmp_path / "a.png")
-    palette.save(tmp_path / "b.png")
-    Image.new("RGB", (3, 1000), (1, 2, 3)).save(tmp_path / "c_UPPER.TIFF")  # small
-    pixels, exif = torch.arange(50 * 70).reshape(50, 70) % 251, Image.Exif()
+    Image.fromarray(grey16).save(tmp_path / "b.pgm")
+    palette.save(tmp_path / "c.png")
+    Image.new("RGB", (3, 1000), (1, 2, 3)).save(tmp_path / "d_UPPER.TIFF")  # is enlarged
+    pixels, exif = torch.arange(32 * 70).reshape(32, 70) % 251, Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
-    Image.fromarray(pixels.byte().numpy()).save(tmp_path / "d.png", exif=exif)
+    Image.fromarray(pixels.byte().numpy()).save(tmp_path / "e.png", exif=exif)
     data = vaegan.ImageFolder(tmp_path, 32, train=False)
-    assert torch.equal(data[3][0].long(), pixels.rot90(-1)[19:51, 9:41])  # pixel by pixel
-    middle = [data[i][:, 16, 16].tolist() for i in (0, 1, 2)]
-    assert middle == [[100] * 3, [10, 200, 30], [1, 2, 3]]
-    assert data[2].shape == (3, 32, 32) and data[2].dtype == torch.uint8
+    assert torch.equal(data[4][0].long(), pixels.rot90(-1)[19:51])  # pixel by pixel
+    middle = [data[i][:, 16, 16].tolist() for i in range(4)]
+    assert middle == [[100] * 3, [100] * 3, [10, 200, 30], [1, 2, 3]]
+    assert data[3].shape == (3, 32, 32) and data[3].dtype == torch.uint8
 
 
-def test_a_truncated_file_is_reported_once_and_replaced_by_the_next(tmp_path, capfd):
-    write_photos(tmp_path, 4)
-    (tmp_path / "01.jpg").write_bytes((tmp_path / "01.jpg").read_bytes()[:400])
+@each("train", [True, False])
+def test_a_picture_shows_the_same_part_as_png_and_as_large_jpeg(tmp_path, train):
+    y, x = torch.meshgrid(torch.arange(1200), torch.arange(1600), indexing="ij")
+    pixels = torch.stack([x * 255 / 1600, y * 255 / 1200, 0 * x], -1)  # its place is its colour
+    found = []
+    for name in ("a.png", "a.jpg"):
+        (tmp_path / name[2:]).mkdir()
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / name[2:] / name, quality=95)
+        data = vaegan.ImageFolder(tmp_path / name[2:], 64, train)
+        crops = torch.stack([data[i] for i in range(8 if train else 1)]).float()
+        edges = torch.stack([crops[..., 0].mean(2), crops[..., -1].mean(2)], 2)  # left and right
+        found.append(edges[:, 0] * 1600 / 255)  # in pixels of the picture
+    assert (found[0] - found[1]).abs().max() < 1600 / 255 + 8  # a step of colour, a decoded pixel
+    width = (found[0][:, 1] - found[0][:, 0]).abs()  # some are flipped
+    if train:  # of 1/2 to 1 times the shorter side, at other places
+        assert 550 < width.min() and width.max() < 1210 and width.std() > 50
+    else:  # the whole shorter side, in the middle
+        assert width.item() == approx(1200, rel=0.03)
+        assert found[0].mean().item() == approx(800, rel=0.02)
+
+
+def test_a_broken_file_is_reported_once_and_another_one_drawn_stands_in(tmp_path, capfd):
+    write_photos(tmp_path, 8)
+    for name in ("01.jpg", "05.jpg"):  # truncated
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:400])
+    Image.new("F", (40, 40), 0.5).save(tmp_path / "08.tif")  # would be black
+    Image.new("I", (40, 40), 200).save(tmp_path / "09.tif")
     data = vaegan.ImageFolder(tmp_path, 32, train=False)
-    for _ in range(2):
-        assert torch.equal(data[1], data[2]) and not torch.equal(data[0], data[2])
+    whole = [data[i] for i in (0, 2, 3, 4, 6, 7)]
+    instead = [data[i] for i in (1, 5, 8, 9, 1, 5, 8, 9)]
+    assert all(any(torch.equal(a, b) for b in whole) for a in instead)
+    assert len(torch.stack(instead).flatten(1).unique(dim=0)) > 1  # not the same for all
     reported = capfd.readouterr().err
-    assert [reported.count(f"{n}.jpg") for n in ("00", "01", "02")] == [0, 1, 0]
+    assert [reported.count(f"{i:02d}.") for i in range(10)] == [0, 1, 0, 0, 0, 1, 0, 0, 1, 1]
 
 
 def test_training_crops_are_a_function_of_seed_and_index_whatever_the_workers(tmp_path):
     data, passes = vaegan.ImageFolder(write_photos(tmp_path, 5), 32, seed=1), []
+    (tmp_path / "03.jpg").write_bytes(b"broken")
     indices = [range(i, i + 3) for i in range(0, 24, 3)]
     for workers in (0, 2):
         loader = torch.utils.data.DataLoader(data, batch_sampler=indices, num_workers=workers)
         passes.append(torch.cat(list(loader)))
     assert torch.equal(*passes) and torch.equal(data[17], passes[0][17])  # in any order
     assert not torch.equal(vaegan.ImageFolder(tmp_path, 32, seed=2)[17], data[17])
-    assert len(passes[0].flatten(1).unique(dim=0)) > 20  # of five files: they move
+    assert len(passes[0].flatten(1).unique(dim=0)) > 20  # of four files: they move
 
 
 @each("n, held_out", [(41, 3), (20, 1), (2, 1)])
 def test_every_20th_file_is_held_out_and_nothing_is_in_both_sets(tmp_path, n, held_out):
     write_photos(tmp_path / "a", n - 1)
     write_photos(tmp_path / "b/deeper", 1)
-    train, val = [vaegan.ImageFolder(tmp_path, 32, kind, hold_out=20) for kind in (True, False)]
-    assert (len(train), len(val)) == (n - held_out, held_out)
-    assert not set(train.files) & set(val.files)
+    sets = [vaegan.ImageFolder(tmp_path, 32, kind, hold_out=20) for kind in (True, False)]
+    assert [len(data) for data in sets] == [n - held_out, held_out]
+    assert not set(sets[0].files) & set(sets[1].files)
+
+
+def test_no_file_counts_twice_and_what_is_hidden_or_of_a_run_does_not_count(tmp_path):
+    write_photos(tmp_path / "a", 3)
+    for folder in ("a/.ipynb_checkpoints", "__MACOSX", "run/tiny/samples"):
+        write_photos(tmp_path / folder, 1)
+    (tmp_path / "run/tiny/log.jsonl").touch()
+    (tmp_path / "a/._00.jpg").write_bytes(b"of macOS")
+    for link, target in (("a/back", ".."), ("a/loop", "."), ("b", "a")):
+        (tmp_path / link).symlink_to(target)
+    for suffix in ("jfif", "avif", "pgm"):
+        Image.new("L", (40, 40)).save(tmp_path / f"c.{suffix}")
+    Image.new("L", (40, 40)).save(tmp_path / "program.eps")
+    names = [Path(file).name for file in vaegan.ImageFolder(tmp_path, 32).files]
+    assert sorted(names) == ["00.jpg", "01.jpg", "02.jpg", "c.avif", "c.jfif", "c.pgm"]
+    assert len(vaegan.ImageFolder(tmp_path / "a/.ipynb_checkpoints", 32)) == 1  # asked for
 
 
 def test_dead_leaves_follow_seed_and_index_and_have_photographs_power_spectrum():
@@ -558,7 +611,7 @@ def test_dead_leaves_follow_seed_and_index_and_have_photographs_power_spectrum()
 # ---- 8. The training step
 
 
-def textbook_step(vae, disc, x, perceptual, kl_weight, weight, generator):
+def textbook_step(vae, disc, x, perceptual, kl_weight, weight, generator, bound=0.05):
     """The autoencoder's update as in taming-transformers and latent-diffusion: one graph, two
     autograd.grad at the last layer, one large backward. Sums are divided by N = 3·H·W."""
     x_hat, posterior = vae(x, generator=generator)
@@ -567,24 +620,47 @@ def textbook_step(vae, disc, x, perceptual, kl_weight, weight, generator):
     g_loss = -disc(x_hat).mean()
     (at_rec,) = torch.autograd.grad(nll, vae.last_layer, retain_graph=True)
     (at_adv,) = torch.autograd.grad(g_loss, vae.last_layer, retain_graph=True)
-    lam = (at_rec.norm() / (at_adv.norm() + 1e-4)).detach()
+    lam = (at_rec.norm() / (at_adv.norm() + 1e-4)).clamp(max=bound).detach()
     kl = posterior.kl().sum() / x.numel()
     (nll + kl_weight * kl + weight * lam * g_loss).backward()
     return x_hat, lam
 
 
+def assert_same_gradients(vae, ours, tolerance, scale=1.0):
+    """Parameter by parameter; that of k's bias is rounding alone, so beside the total."""
+    total = gradients(vae).norm()
+    for p, q in zip(vae.parameters(), ours.parameters()):
+        error = (p.grad - scale * q.grad).norm()
+        assert error <= tolerance * (p.grad.norm() + 1e-3 * total)
+
+
+@each("bound", [0.05, math.inf])
 @each("dtype, tolerance", [(torch.double, 1e-10), (torch.float, 2e-4)])
-def test_all_gradients_and_lambda_equal_the_textbook_steps(dtype, tolerance):
+def test_all_gradients_and_lambda_equal_the_textbook_steps(dtype, tolerance, bound):
     x, (vae, disc), lpips = images(dtype=dtype), small_nets(dtype), random_perceptual(dtype)
     ours = copy.deepcopy(vae)
-    x_hat, lam = textbook_step(vae, disc, x, lpips, 0.1, 0.5, seeded())
+    x_hat, lam = textbook_step(vae, disc, x, lpips, 0.1, 0.5, seeded(), bound)
     disc.zero_grad()
-    out, terms = g_step(ours, x, disc, perceptual=lpips, kl_weight=0.1)
+    out, terms = g_step(ours, x, disc, perceptual=lpips, kl_weight=0.1, lambda_max=bound)
     assert torch.equal(out, x_hat) and abs(terms["lam"] / lam - 1) < tolerance
+    assert (lam == bound) == (bound == 0.05)  # here it holds
     assert all(p.grad is None for p in disc.parameters())  # D's stay as they are
-    total = gradients(vae).norm()
-    for p, q in zip(vae.parameters(), ours.parameters()):  # k's bias has rounding alone
-        assert (p.grad - q.grad).norm() <= tolerance * (p.grad.norm() + 1e-3 * total)
+    assert_same_gradients(vae, ours, tolerance)
+
+
+def test_latent_diffusions_sums_with_its_clamp_are_our_means_with_the_bound():
+    x, (_, disc) = images(1, 256, torch.double), small_nets(torch.double)
+    vae = away_from_zero(AutoencoderKL(ch=4, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1)).double()
+    ours = copy.deepcopy(vae)
+    x_hat, posterior = vae(x, generator=seeded())  # as ldm/modules/losses/contperceptual.py
+    nll, g_loss = (x - x_hat).abs().sum() / len(x), -disc(x_hat).mean()
+    (at_rec,) = torch.autograd.grad(nll, vae.last_layer, retain_graph=True)
+    (at_adv,) = torch.autograd.grad(g_loss, vae.last_layer, retain_graph=True)
+    d_weight = at_rec.norm() / (at_adv.norm() + 1e-4)
+    assert d_weight > 1e4  # so that it is clamped
+    (nll + 1e-6 * posterior.kl().sum() / len(x) + 0.5 * 1e4 * g_loss).backward()
+    g_step(ours, x, disc, lambda_max=1e4 / 196_608)
+    assert_same_gradients(vae, ours, 1e-10, scale=196_608)
 
 
 @each("adaptive", [True, False])
@@ -673,7 +749,8 @@ def test_low_precision_is_near_fp32_with_losses_and_lambda_in_fp32(autocast, sca
         with context():
             assert vae.encode(x).kl().dtype == torch.float32
         options = dict(autocast=context, scale=factor)
-        x_hat, terms = g_step(vae, x, disc, perceptual=lpips, perceptual_weight=0.01, **options)
+        losses = dict(perceptual=lpips, perceptual_weight=0.01, lambda_max=math.inf)
+        x_hat, terms = g_step(vae, x, disc, **losses, **options)
         terms |= vaegan.discriminator_step(disc, x, x_hat, **options)
         assert {value.dtype for value in terms.values()} == {torch.float32}
         found.append([terms["lam"], gradients(vae) / factor, gradients(disc) / factor])
@@ -694,10 +771,10 @@ def test_accumulated_batches_give_the_gradient_of_their_union():
 # ---- 9. Training
 
 
-def trainer(device=CPU, **flags):
+def trainer(device=CPU, kind=Trainer, **flags):
     warm_up = dict(disc_start=0, disc_lead=0, disc_ramp=0)
     tiny = dict(SMALL, image_size=32, batch_size=2, ndf=8, device=device.type, **warm_up)
-    return Trainer(Config.of("tiny", **tiny | flags), device)
+    return kind(Config.of("tiny", **tiny | flags), device)
 
 
 def batches(n, batch=2):
@@ -731,6 +808,44 @@ def test_an_fp16_overflow_skips_the_step_halves_the_scale_and_goes_on():
             found.append("grad_norm_dec" in record)
     assert not found[0] and found[-1]
     assert not same(run.vae.state_dict(), before)
+
+
+class Overflowing(Trainer):
+    """Whose discriminator's gradients overflow in fp16, and no other."""
+
+    def penalty(self, x, x_hat):
+        return 1e38 * sum(p.sum() for p in self.disc.parameters())
+
+
+def test_an_fp16_overflow_in_d_does_not_skip_the_autoencoders_step():
+    run = trainer(kind=Overflowing, precision="fp16")
+    vae, disc = copy.deepcopy(run.vae.state_dict()), [p.clone() for p in run.disc_params]
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run.update(batches(1))
+    assert same(list(run.disc_params), disc) and run.scaler.get_scale() == 512
+    last = "decoder.conv_out.weight"
+    assert not torch.equal(run.vae.state_dict()[last], vae[last])
+
+
+def test_a_folder_that_vanishes_is_a_fault_of_the_machine_with_its_remedy(tmp_path):
+    stream = trainer(data=write_photos(tmp_path / "photos")).batches()  # a Path is fine
+    next(stream)
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(OSError, match="photos"):
+        list(itertools.islice(stream, 9))
+
+
+def test_a_full_disk_leaves_the_older_save_whole_and_no_other_file(tmp_path):
+    path = tmp_path / "last.pt"
+    vaegan.write_whole(path, dict(step=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="last.pt"):
+            vaegan.write_whole(path, dict(step=torch.zeros(9999)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint(path) == dict(step=1) and list(tmp_path.iterdir()) == [path]
 
 
 def two_ranks(rank, folder):
@@ -817,7 +932,7 @@ def test_evaluate_measures_every_image_of_a_known_autoencoder(gain):
         scaling_factor=1 / (x.var() + 0.0625).sqrt(),
     )
     for name, value in expected.items():
-        assert measured[name] == approx(float(value), rel=0.01, abs=1e-3), name
+        assert measured[name] == approx(float(value), rel=0.01, abs=5e-3), name
 
 
 # ---- 12. The command line, by real commands
@@ -840,11 +955,8 @@ def checkpoint(path):
 
 
 def log_of(run):
-    """The records, without what depends on the clock."""
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    for record in records:
-        pass
-    return records
+    """Its records."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def steps_of(run):
@@ -862,22 +974,14 @@ def outcome(run):
 def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
     assert run_tiny(tmp_path, "--steps", 40) == 0
     found = {path.name for path in tmp_path.rglob("*")}
-    assert found == {
-        "config.json",
-        "log.jsonl",
-        "last.pt",
-        "best.pt",
-        "previous.pt",
-        "samples",
-        "0000020.png",
-        "0000040.png",
-    }
+    files = "config.json log.jsonl last.pt previous.pt best.pt samples 0000020.png 0000040.png"
+    assert found == set(files.split())
     records = log_of(tmp_path)
     assert [record["step"] for record in records] == [10, 20, 30, 40]
     assert [record.get("w", 0) > 0 for record in records] == [0, 0, 1, 1]
     assert ["d_loss" in record for record in records] == [0, 1, 1, 1]
     assert ["val_psnr" in record for record in records] == [0, 1, 0, 1]
-    assert {"l1", "kl_dim", "grad_norm_enc", "grad_norm_dec", "lr"} <= records[0].keys()
+    assert {"l1", "kl_dim", "grad_norm_enc", "grad_norm_dec"} <= records[0].keys()
     for steps in (40, 50):
         assert run_tiny(tmp_path, "--steps", steps) == 0
         assert log_of(tmp_path)[:4] == records and steps_of(tmp_path)[-1] == steps
@@ -886,72 +990,79 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
     assert Config(**saved["config"]).ch_mult == (1, 2) and saved["step"] == 50
 
 
-def stop_at(step, number, *flags):
-    """Run the command in a process of its own, and send it a signal at a step -> its status."""
+def run_until(step, act, *flags):
+    """Run the command in a process of its own, act on it at a step -> its status, last words."""
+    left_over = dict(RANK="3", WORLD_SIZE="2")  # which does not count without torchrun
     process = subprocess.Popen(
         [sys.executable, HERE / "vaegan.py", *flags],
         stdout=subprocess.DEVNULL,
-        text=True,
         stderr=subprocess.PIPE,
+        text=True,
         encoding="utf8",
-        env=dict(os.environ, OMP_NUM_THREADS="1", TQDM_MININTERVAL="0"),
-    )  # a line each step
+        env=dict(os.environ, OMP_NUM_THREADS="1", TQDM_MININTERVAL="0", **left_over),
+    )
     for line in process.stderr:  # each carriage return of the progress bar ends one
         shown = re.search(r" (\d+)/\d+ \[", line)
         if shown and int(shown[1]) >= step:
             break
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    return process.returncode
+    act(process)
+    _, words = process.communicate(timeout=60)
+    return process.returncode, words
 
 
 def test_whatever_ends_a_run_it_goes_on_to_the_same_end(tmp_path):
     photos, parts = write_photos(tmp_path / "photos"), tmp_path / "parts"
     flags, last = ["--data", photos, "--accumulate", 2, "--steps", 100], parts / "last.pt"
     assert run_tiny(parts, *flags, "--steps", 20, "--disc-ramp", 40) == 0  # now D leads
-    assert stop_at(45, signal.SIGKILL, *flags_of(parts, *flags)) == -9
+    status, _ = run_until(45, subprocess.Popen.kill, *flags_of(parts, *flags))
+    assert status == -signal.SIGKILL
     assert checkpoint(last)["step"] >= 40  # the newest save, or a later one
     with open(parts / "log.jsonl", "a") as log:
         log.write('{"step": 52, "l1"')  # as a kill in the middle of a write leaves it
     for number in (signal.SIGINT, signal.SIGTERM):
         before = checkpoint(last)["step"]
         command = flags_of(parts, *flags, "--workers", 2)
-        assert stop_at(before + 2, number, *command) == 128 + number
+        status, _ = run_until(before + 2, lambda p, n=number: p.send_signal(n), *command)
+        assert status == 128 + number
         assert before < checkpoint(last)["step"] < 100
     for run in (parts, tmp_path / "whole"):
         assert run_tiny(run, *flags) == 0
     assert same(outcome(parts), outcome(tmp_path / "whole"))
 
 
-RUIN = [
-    "--ndf",
-    16,
-    "--batch-size",
-    4,
-    "--disc-start",
-    40,
-    "--disc-lead",
-    0,
-    "--disc-ramp",
-    0,
-    "--sample-every",
-    1000,
-    "--steps",
-    90,
-    "--no-adaptive",
-    "--disc-weight",
-    10,
-]
+@each("kill", [False, True])
+def test_a_worker_that_fails_or_is_killed_ends_the_run_at_once_with_the_reason(tmp_path, kill):
+    photos = write_photos(tmp_path / "photos")
+    flags = flags_of(tmp_path / "run", "--data", photos, "--workers", 2, "--steps", 5000)
+
+    def act(process):
+        if kill:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            os.kill(int(children.split()[0]), signal.SIGKILL)
+        else:
+            shutil.rmtree(photos)
+
+    start = time.monotonic()
+    status, words = run_until(5, act, *flags)
+    last = words.splitlines()[-1]
+    assert status == 1 and "Traceback" not in words and time.monotonic() - start < 60
+    assert ("killed" if kill else "photos") in last and "the last save" in last
 
 
-def test_a_collapse_is_status_3_and_its_remedy_goes_on_from_healthy_pt(tmp_path, capsys):
+RUIN = "--ndf 16 --batch-size 4 --disc-start 40 --disc-lead 0 --disc-ramp 0 --sample-every 1000"
+RUIN = f"{RUIN} --steps 90 --no-adaptive --disc-weight 10".split()
+
+
+def test_a_collapse_is_status_3_and_its_remedy_goes_on_from_the_save_before(tmp_path, capsys):
     assert run_tiny(tmp_path, *RUIN) == 3
     report, err = json.loads((tmp_path / "collapse.json").read_text()), capsys.readouterr().err
     assert 40 < report["step"] <= 90 and report["value"] > report["limit"]
     assert "Traceback" not in err and report["sign"] in err and "--adaptive" in err
     assert Image.open(tmp_path / "collapse.png").height == 3 * 32
-    assert same(checkpoint(tmp_path / "last.pt"), checkpoint(tmp_path / "previous.pt"))
-    assert steps_of(tmp_path)[-1] == 40
+    newest = (report["step"] - 1) // 20 * 20
+    assert checkpoint(tmp_path / "last.pt")["step"] == newest - 20
+    assert not (tmp_path / "previous.pt").exists()
+    assert steps_of(tmp_path)[-1] == report["step"] - 10  # kept, to be plotted
     assert run_tiny(tmp_path, *RUIN, "--adaptive", "--disc-weight", 0.5) == 0
     assert steps_of(tmp_path) == list(range(10, 100, 10))
 
@@ -960,22 +1071,13 @@ def test_on_collapse_warn_says_so_once_and_goes_on(tmp_path):
     assert run_tiny(tmp_path, *RUIN, "--on-collapse", "warn") == 0
     events = [record["event"] for record in log_of(tmp_path) if "event" in record]
     assert len(events) == 1 and "collapse" in events[0] and steps_of(tmp_path)[-1] == 90
-    assert checkpoint(tmp_path / "previous.pt")["step"] == 40
 
 
-@each(
-    "flags",
-    [
-        "--lr 0",
-        "--ema 0",
-        "--clip 0",
-        "--disc-weight 0",
-        "--precision bf16",
-        "--disc-start plateau",
-        "--disc-start 0 --r1 10",
-        "--recompute",
-    ],
-)
+VALID = ["--lr 0", "--ema 0", "--clip 0", "--disc-weight 0", "--lambda-max 0", "--precision bf16"]
+VALID += ["--disc-start plateau", "--disc-start 0 --r1 10", "--recompute"]
+
+
+@each("flags", VALID)
 def test_these_flags_are_valid_and_only_lr_0_trains_nothing(tmp_path, flags):
     assert run_tiny(tmp_path, "--steps", 20, "--disc-lead", 30, *flags.split()) == 0
     start, end = checkpoint(tmp_path / "previous.pt"), checkpoint(tmp_path / "last.pt")
@@ -989,34 +1091,14 @@ class Hostile:
         return os.mkdir, ("made",)
 
 
-BAD = [
-    "--data nowhere",
-    "--data empty",
-    "--image-size 33",
-    "--image-size 16",
-    "--steps 15",
-    "--batch-size 0",
-    "--save-every 7",
-    "--disc-start soon",
-    "--nonsense",
-    "--lr nan",
-    "--preset huge",
-    "--perceptual-net resnet",
-    "--precision fp8",
-    "--texture gram",
-    "--perceptual-weight 1",
-    "--freeze-encoder",
-    "--init nowhere.pt",
-    "--init foreign.pt",
-    "--init hostile.pt",
-    "--init torn.safetensors",
-    "--init flux2.pt",
-    "--init good.pt --ch 16",
-    "--device cuda",
-]
+BAD = """--data nowhere|--data empty|--image-size 33|--image-size 16|--steps 15|--batch-size 0
+--save-every 7|--disc-start soon|--nonsense|--lr nan|--preset huge|--perceptual-net resnet
+--precision fp8|--perceptual-weight 1|--freeze-encoder|--init nowhere.pt|--init foreign.pt
+--init hostile.pt|--init torn.safetensors|--init flux2.pt|--init good.pt --ch 16|--device cuda
+"""
 
 
-@each("flags", BAD)
+@each("flags", re.split(r"[|\n]", BAD.strip()))
 def test_bad_input_is_status_2_in_one_line(tmp_path, monkeypatch, capsys, flags):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is one")
@@ -1034,6 +1116,9 @@ def test_bad_input_is_status_2_in_one_line(tmp_path, monkeypatch, capsys, flags)
     err = re.sub("Downloading: .*\n", "", capsys.readouterr().err)  # of torch 2.6, about LPIPS
     assert err.count("\n") == 1 and flags.split()[-1].lstrip("-") in err
     assert set(tmp_path.iterdir()) - {tmp_path / "hub"} == before  # torch.hub's own folder
+    way_out = dict(hostile=".safetensors", foreign="no encoder.conv_in, but unet", empty=".jfif")
+    for name, text in way_out.items():
+        assert name not in flags or text in err
 
 
 def test_eval_prints_a_row_a_checkpoint_and_saves_a_picture(tmp_path, capsys, monkeypatch):
@@ -1052,6 +1137,8 @@ def test_eval_prints_a_row_a_checkpoint_and_saves_a_picture(tmp_path, capsys, mo
     assert f"{measured['psnr']:.2f}" in rows[1]
     assert Image.open(tmp_path / "eval/compare.png").height == 3 * 32  # x, and a row each
     assert vaegan.main([*command, str(photos / "00.jpg")]) == 2
+    assert vaegan.main([*command, files[0], "--image-size", "33"]) == 2
+    assert "multiple of 2" in capsys.readouterr().err
 
 
 def test_an_unreadable_last_pt_is_left_alone_and_without_it_healthy_pt_is_taken(tmp_path, capsys):
@@ -1130,7 +1217,7 @@ def test_init_reads_diffusers_files_and_takes_the_widths_from_them(tmp_path, opt
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
     run = begun_from(tmp_path / "theirs.pt")
     assert (run.cfg.ch, run.cfg.ch_mult, run.cfg.num_res_blocks) == (32, (1, 2, 2), 1)
-    assert run.cfg.z_channels == options["latent_channels"] and run.cfg.disc_start == 0
+    assert run.cfg.z_channels == options["latent_channels"] and run.cfg.disc_start == "0"
     assert_same_autoencoder(run.vae, theirs)
 
 

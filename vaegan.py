@@ -657,7 +657,7 @@ class CollapseMonitor:
         return [record[term] for record in self.history[-count:] if term in record]
 
     def take_in(self, terms):
-        """Set self.values from a record and the 20 before it, for the signs whose terms there are."""
+        """Set self.values from a record and the 20 before it, for the signs with terms."""
         record, signs = dict(terms), {}
         if record.get("batch_spread", 1.0) < 0.1:  # of photographs it is 0.34 to 0.54
             record.pop("other_z", None)  # alike images: another's z is as good
@@ -760,7 +760,7 @@ class ImageFolder(Dataset):
         self.root, self.size, self.is_train, self.seed = root, size, train, seed
         kinds = Image.registered_extensions()  # {suffix: kind}; kinds to leave out are no images
         left_out = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}
-        self.formats = set(Image.OPEN) & set(kinds.values()) - left_out
+        self.formats = sorted(set(Image.OPEN) & set(kinds.values()) - left_out)
         suffixes = tuple(suffix for suffix, kind in kinds.items() if kind in self.formats)
         self.files = find_images(root, suffixes)
         if not self.files:
@@ -770,7 +770,10 @@ class ImageFolder(Dataset):
             self.files = sorted(set(self.files) - set(held_out)) if train else held_out
         self.reported = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # by workers
         self.epoch, self.order = None, None  # the newest shuffled pass
-        self.decode_or_replace(0, None)
+        try:
+            self.decode_or_replace(0, None)
+        except OSError as error:
+            raise UsageError(error) from None
 
     def __len__(self):
         """The number of files."""
@@ -803,7 +806,7 @@ class ImageFolder(Dataset):
         for other in torch.randperm(len(self), generator=generator).tolist():
             with contextlib.suppress(Exception):
                 return self.decode(self.files[other])
-        raise UsageError(f"{self.root}: of {len(self)} images, {self.files[0]} …, none is whole")
+        raise OSError(f"{self.root}: none of {len(self)} images can be decoded")
 
     def decode(self, file):
         """A file as an upright RGB image, a large JPEG at 1/2, 1/4 or 1/8 of its size."""
@@ -1064,8 +1067,7 @@ class Trainer:
             yield from DataLoader(self.train_set, batch_sampler=indices, **options)
         except Exception as error:  # a killed worker, a folder that is gone, a full /dev/shm, …
             reason = str(error).strip().splitlines()[-1]  # below a worker's traceback
-            way_out = "mend that, or take --workers 0; the same command goes on from the last save"
-            raise OSError(f"no more images: {reason}; {way_out}") from None
+            raise OSError(f"no more images, {reason} (--workers 0 needs no processes)") from None
 
     def update(self, batches):
         """One update of the autoencoder, and of D once it trains, from cfg.accumulate batches."""
@@ -1575,7 +1577,12 @@ def main(argv=None, trainer=Trainer):
     except CollapseError as error:
         status, text = 3, error
     except (OSError, torch.OutOfMemoryError) as error:
-        status, text = 1, f"{type(error).__name__}: {error}"
+        status, text = 1, f"{error}; mend that, and the same command goes on from the last save"
+    except RuntimeError as error:
+        # A killed worker interrupts whatever runs, and a rank that ends the others.
+        if not re.search("DataLoader worker|closed by peer", str(error)):
+            raise
+        status, text = 1, f"{error} The same command goes on from the last save"
     except KeyboardInterrupt as error:
         number, text = error.args or (signal.SIGINT, "interrupted")
         status = 128 + number
