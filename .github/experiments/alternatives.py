@@ -182,9 +182,7 @@ def main(argv):
 
 if __name__ == "__main__":
     exit_status = main(sys.argv[1:])
-    if vaegan.WORLD_SIZE > 1:  # the reasons stand at the end of vaegan.py
-        sys.stdout.flush()
-        if exit_status > 0 and vaegan.RANK > 0:
-            time.sleep(2)
-        os._exit(exit_status)
-    sys.exit(exit_status)
+    if exit_status > 0 and vaegan.RANK > 0:
+        time.sleep(2)
+    sys.stdout.flush()
+    os._exit(exit_status)  # the reasons are at the end of vaegan.py
