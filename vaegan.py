@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-# Of one process alone, unless torchrun has started it.
+# One process, unless torchrun has started it; other RANKs are left over from something else.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
@@ -64,8 +64,7 @@ def arg(default, help, tiny=None, least=0, most=math.inf, choices=None):
     return field(default=default, metadata=dict(limits, help=help, tiny=tiny))
 
 
-LPIPS_NETS = ("vgg", "alex", "squeeze")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+NETS = ("vgg", "alex", "squeeze")  # of LPIPS
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Config:
     freeze_encoder: bool = arg(False, "train the decoder alone; latents do not change")
     pixel_loss: str = arg("l1", "pixel term, a mean over values", choices=("l1", "l2"))
     perceptual_weight: float = arg(1.0, "weight of LPIPS; 0: off", tiny=0.0)
-    perceptual_net: str = arg("vgg", "network of LPIPS", tiny="squeeze", choices=LPIPS_NETS)
+    perceptual_net: str = arg("vgg", "network of LPIPS", tiny="squeeze", choices=NETS)
     kl_weight: float = arg(1e-6, "weight of an image's KL divided by 3·H·W", tiny=1e-2)
     disc_weight: float = arg(0.5, "weight of the GAN; 0: no GAN")
     adaptive: bool = arg(True, "multiply the GAN's weight by λ, VQGAN eq. 7")
@@ -100,12 +99,10 @@ class Config:
     lr: float = arg(1e-4, "learning rate (LDM: 4.5e-6 an image of the update)", tiny=4e-4)
     lr_disc: float = arg(1e-4, "the discriminator's learning rate", tiny=5e-4)
     clip: float = arg(1.0, "largest gradient norm of encoder, decoder, D; 0: no clipping")
-    ema: float = arg(
-        0.999, "decay of the averaged weights; 0: no averaging", tiny=0.98, most=0.9999
-    )
+    ema: float = arg(0.999, "decay of averaged weights; 0: no averaging", tiny=0.98, most=0.9999)
     accumulate: int = arg(1, "batches an update", least=1)
     seed: int = arg(0, "of weights, crops and noise")
-    device: str = arg("auto", "to train on", choices=DEVICES)
+    device: str = arg("auto", "to train on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = arg("auto", "of the networks", choices=("auto", "fp32", "bf16", "fp16"))
     recompute: bool = arg(True, "half of the memory for a few percent of the time", tiny=False)
     preset: str = arg("auto", "auto: sd on a CUDA GPU, else tiny", choices=("auto", "sd", "tiny"))
@@ -273,9 +270,7 @@ class Encoder(nn.Module):
         self.mid = middle(c)
         self.norm_out = group_norm(c)
         self.conv_out = nn.Conv2d(c, 2 * z_channels, 3, padding=1)
-        nn.init.kaiming_normal_(
-            self.conv_out.weight, nonlinearity="linear"
-        )  # or the noise drowns z
+        nn.init.kaiming_normal_(self.conv_out.weight, nonlinearity="linear")  # or noise drowns z
 
     def forward(self, x):
         """(B, in_channels, H, W) -> (B, 2·z_channels, H/f, W/f)."""
@@ -893,8 +888,8 @@ def generator_step(
     -> scalar: -E[D(image)], or an alternative loss. weight: w(t)·disc_weight; 0 leaves it out.
     autocast(): the networks' context; losses, norms and λ are of x's dtype. scale: factor of all
     gradients, a float or 0-d tensor. terms: 0-d tensors, means before weighting: l1, l2, lpips,
-    rec_loss, kl (nats an image), kl_dim (a latent dimension); with an adversary g_loss, lam, w (λ·
-    weight, or weight), grad_ratio (w·‖∇adv‖/‖∇rec‖). Needs: adaptive_weight, average_over_ranks."""
+    rec_loss, kl (nats an image), kl_dim (a latent dimension); with an adversary g_loss, w (λ·weight,
+    or weight), grad_ratio (w·‖∇adv‖/‖∇rec‖), and if adaptive lam, λ as it is used. Needs: adaptive_weight, average_over_ranks."""
     last_layer = getattr(vae, "module", vae).last_layer
     with autocast():
         x_hat, posterior = vae(x, generator=generator)  # its only forward
@@ -922,11 +917,12 @@ def generator_step(
         (adv_last,) = torch.autograd.grad(x_hat, last_layer, adv_grad, retain_graph=True)
         both = torch.stack([rec_last, adv_last]) / scale
         rec_last, adv_last = average_over_ranks(both)  # else each rank had its own λ
-        lam = adaptive_weight(rec_last, adv_last, max_weight=lambda_max)
-        w = weight * lam if adaptive else torch.full_like(lam, weight)
+        w = torch.full_like(l1, weight)
+        if adaptive:
+            terms["lam"] = adaptive_weight(rec_last, adv_last, max_weight=lambda_max)
+            w = w * terms["lam"]
         image_grad = image_grad + w * adv_grad
-        grad_ratio = w * adv_last.norm() / rec_last.norm()
-        terms.update(g_loss=adv_loss, lam=lam, w=w, grad_ratio=grad_ratio)
+        terms.update(g_loss=adv_loss, w=w, grad_ratio=w * adv_last.norm() / rec_last.norm())
 
     # With g the losses' gradient at x̂, that at the parameters is (∂x̂/∂θ)ᵀ·g: the gradient of Σ x̂·g.
     # In one call, for after the first of two calls DDP would already average.
@@ -1009,8 +1005,8 @@ class Trainer:
             self.vae = AutoencoderKL(3, *widths, recompute=cfg.recompute)
         self.vae.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.vae)  # averaged: what is shown, measured, and saved for use
-        self.vae.encoder.requires_grad_(not cfg.freeze_encoder)
-        self.vae.quant_conv.requires_grad_(not cfg.freeze_encoder)
+        for encoder in (self.vae.encoder, self.vae.quant_conv):
+            encoder.requires_grad_(not cfg.freeze_encoder)
         self.disc = PatchDiscriminator(3, cfg.ndf, spectral=self.spectral)
         self.disc.to(device, memory_format=torch.channels_last)
         self.vae_ddp, self.disc_ddp = self.vae, self.disc
@@ -1156,8 +1152,7 @@ class Trainer:
         if (has_texture, score) > self.best:  # no save without texture stays the best
             self.best = (has_texture, score)
             write_whole(self.folder / "best.pt", self.state_dict())
-        names = [n for n in ("psnr", "ssim", "lpips", "sharpness") if measured[n] is not None]
-        return {f"val_{name}": measured[name] for name in names}
+        return {f"val_{name}": value for name, value in measured.items() if value is not None}
 
     def save(self):
         """Write last.pt; the one before becomes previous.pt."""
@@ -1205,12 +1200,12 @@ class Trainer:
         if file:
             saved = read_file(file)
             if saved.get("version") != VERSION:
-                best = self.folder / "best.pt"
-                raise UsageError(f"{file} is of another edition; take --init {best} --out OTHER")
-            for name in ("init",) if self.cfg.out else ("init", "data"):
-                before = saved["config"][name]
-                if Path(before).resolve() != Path(getattr(self.cfg, name)).resolve():
-                    raise UsageError(f"{file} is of --{name} {before}; give this run an --out")
+                way_out = f"take --init {self.folder / 'best.pt'} and another --out"
+                raise UsageError(f"{file} is of another edition of vaegan.py; {way_out}")
+            for name in ("data", "init"):
+                before, now = saved["config"][name], getattr(self.cfg, name)
+                if Path(before).resolve() != Path(now).resolve():
+                    raise UsageError(f"{file} is of --{name} {before}; give this run its own --out")
             try:
                 self.load_state_dict(saved)
             except Exception as error:  # whatever does not fit
@@ -1232,7 +1227,6 @@ def train(cfg, signals=(), trainer=Trainer):
     run = trainer(cfg, launch(cfg.device))
     tqdm.write(f"preset {cfg.preset} on {run.device}, {len(run.train_set)} images to {run.folder}")
     run.begin_or_continue()
-    has_warned = False
     bar = tqdm(total=cfg.steps, initial=run.step, disable=RANK > 0, dynamic_ncols=True)
     with contextlib.closing(run.batches()) as batches, bar:
         while run.step < cfg.steps:
@@ -1244,20 +1238,19 @@ def train(cfg, signals=(), trainer=Trainer):
             record = run.read_record()
             if run.has_gan:
                 run.warm_up.observe(record["rec_loss"], run.step)
-            stops, is_done = False, run.step == cfg.steps
+            is_done, collapse = run.step == cfg.steps, None
             try:
                 run.monitor.assert_healthy(run.step, record)
             except CollapseError as error:
-                collapse = error
-                stops = cfg.on_collapse == "stop" or error.sign == "non_finite"
-                if stops or not has_warned:
-                    has_warned, record["event"] = True, str(error)
-            if not stops and (is_done or run.step % cfg.sample_every == 0):
+                record["event"] = str(error)
+                if cfg.on_collapse == "stop" or error.sign == "non_finite":
+                    collapse = error
+            if collapse is None and (is_done or run.step % cfg.sample_every == 0):
                 record |= run.validate()
             if RANK == 0:  # before the save, or a kill could lose the record
                 with open(run.folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-            if stops:
+            if collapse is not None:
                 run.report_collapse(collapse)
                 raise collapse
             if "event" in record:
@@ -1522,15 +1515,14 @@ def parse(argv):
     add("--checkpoint", required=True, nargs="+", metavar="FILE", help="any file that --init takes")
     add("--data", default="", metavar="DIR", help="folder of images, all of them; none: leaves")
     add("--image-size", type=int, default=0, help="side of the crops; 0: as trained, else 256")
-    add("--perceptual-net", default="alex", choices=LPIPS_NETS)
+    add("--perceptual-net", default="alex", choices=NETS)
     add("--save", default="", metavar="DIR", help="folder for compare.png")
-    add("--device", default="auto", choices=DEVICES)
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     return vars(parser.parse_args(argv))
 
 
 def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
     """Print a table of what evaluate gives, a row a checkpoint; draw compare.png with `save`."""
-    device = launch(device)
     vaes, steps = [], []
     for path in checkpoint:
         vae, content = load_autoencoder(path)
@@ -1538,9 +1530,8 @@ def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
         steps.append(content.get("step", "–"))
         image_size = image_size or content.get("config", {}).get("image_size", 256)
     for vae in vaes:
-        Config(
-            image_size=image_size, ch_mult=vae.widths["ch_mult"]
-        )  # refuses a size that does not fit
+        Config(image_size=image_size, ch_mult=vae.widths["ch_mult"], device=device)  # or refuse
+    device = launch(device)
     dataset = DeadLeaves(image_size, 1, length=64)
     if data:
         dataset = ImageFolder(data, image_size, train=False)

@@ -36,7 +36,7 @@ def card(device, size):
 
 def networks(run):
     """All that a Trainer has."""
-    return filter(None, (run.vae, run.average, run.disc, run.perceptual))
+    return [net for net in vars(run).values() if isinstance(net, nn.Module)]
 
 
 def precision(base, images, device, name):
