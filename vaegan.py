@@ -127,6 +127,9 @@ class Config:
                 self.refuse(name, "must be a multiple of 10, as a record is made every 10 steps")
         if self.disc_start != "plateau" and not self.disc_start.isdigit():
             self.refuse("disc_start", "must be a step or the word plateau")
+        data, val = Path(self.data).resolve(), Path(self.val).resolve()
+        if self.data and self.val and val.is_relative_to(data):
+            self.refuse("val", "lies in --data, so it would be trained on; move it out of there")
         if self.freeze_encoder and not self.init:
             self.refuse("freeze_encoder", "a new encoder is not worth keeping; give --init FILE")
         f = 2 ** (len(self.ch_mult) - 1)
@@ -884,12 +887,13 @@ def generator_step(
     """Accumulate the autoencoder's gradient of L_G -> x_hat, detached, and terms.
     Each loss is differentiated down to x̂ and no further; the sum of these image gradients goes
     through the autoencoder, once: by the chain rule the textbook's gradient.
-    x: (B, 3, H, W) in [-1, 1]. vae: may be wrapped in DistributedDataParallel. adversary(x, image)
-    -> scalar: -E[D(image)], or an alternative loss. weight: w(t)·disc_weight; 0 leaves it out.
-    autocast(): the networks' context; losses, norms and λ are of x's dtype. scale: factor of all
-    gradients, a float or 0-d tensor. terms: 0-d tensors, means before weighting: l1, l2, lpips,
-    rec_loss, kl (nats an image), kl_dim (a latent dimension); with an adversary g_loss, w (λ·weight,
-    or weight), grad_ratio (w·‖∇adv‖/‖∇rec‖), and if adaptive lam, λ as it is used. Needs: adaptive_weight, average_over_ranks."""
+    x: (B, 3, H, W) in [-1, 1]. vae(x, generator=…) -> (x_hat, posterior with kl() and mean), with a
+    last_layer, perhaps wrapped in DistributedDataParallel. adversary(x, image) -> -E[D(image)], or
+    an alternative loss, a scalar. weight: w(t)·disc_weight; 0: no adversary. autocast(): context of
+    the networks; losses, norms and λ have x's dtype. scale: factor of all gradients, a float or 0-d
+    tensor. terms: 0-d tensors, means before weighting: l1, l2, lpips, rec_loss, kl (nats an image),
+    kl_dim (a latent dimension); with an adversary g_loss, its weight w, lam (if adaptive) and
+    grad_ratio (w·‖∇adv‖/‖∇rec‖). Needs: adaptive_weight, average_over_ranks."""
     last_layer = getattr(vae, "module", vae).last_layer
     with autocast():
         x_hat, posterior = vae(x, generator=generator)  # its only forward
