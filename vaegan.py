@@ -1218,8 +1218,11 @@ class Trainer:
             tqdm.write(f"{self.folder}: continues after step {self.step} of {self.cfg.steps}")
         wait_for_ranks()  # all have read before one writes
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        cut_log(self.folder / "log.jsonl", self.step)
         write_whole(self.folder / "config.json", json.dumps(asdict(self.cfg)).encode())
+        log = self.folder / "log.jsonl"  # of which the whole records up to this step stay
+        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        lines = [line for line in lines if line.endswith(b"}\n")]
+        write_whole(log, b"".join(x for x in lines if json.loads(x)["step"] <= self.step))
         if not file:
             self.save()
 
@@ -1347,13 +1350,6 @@ def write_whole(path, content, older=None):
             os.replace(path, older)
         os.replace(beside, path)
     wait_for_ranks()
-
-
-def cut_log(path, step):
-    """Keep the whole records of log.jsonl up to a step."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith(b"}\n")]
-    write_whole(path, b"".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 @torch.no_grad()
@@ -1485,10 +1481,17 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8):
             row["lpips"] = perceptual(x, x_hat)
         rows.append(row)
     mean = {name: float(torch.cat([row[name] for row in rows]).mean()) for name in rows[0]}
-    sharpness = mean.pop("energy_hat") / mean.pop("energy")
-    variance = mean.pop("z_square") - mean["z"] ** 2
-    latents = dict(scaling_factor=max(variance, 1e-20) ** -0.5, shift_factor=mean.pop("z"))
-    return dict(images=len(dataset), lpips=None, sharpness=sharpness, **latents) | mean
+    variance = max(mean["z_square"] - mean["z"] ** 2, 1e-20)
+    return dict(
+        images=len(dataset),
+        psnr=mean["psnr"],
+        ssim=mean["ssim"],
+        lpips=mean.get("lpips"),
+        sharpness=mean["energy_hat"] / mean["energy"],
+        kl_dim=mean["kl_dim"],
+        scaling_factor=variance**-0.5,
+        shift_factor=mean["z"],
+    )
 
 
 # ---- 12. The command line.

@@ -161,6 +161,7 @@ def transposed(run):
 
 def compiled(run):
     """torch.compile of all but the last convolution: λ is a derivative through that alone."""
+    torch._dynamo.config.recompile_limit = 64  # beyond it, parts would run as they are
     for part in (run.vae.encoder, run.vae.decoder.mid, *run.vae.decoder.up):
         part.compile(backend="inductor" if run.device.type == "cuda" else "aot_eager")
 
