@@ -1022,11 +1022,11 @@ class Hostile:
         return os.mkdir, ("made",)
 
 
-BAD = """--data nowhere|--data empty|--image-size 33|--image-size 16|--steps 15|--batch-size 0
+BAD = """--data nowhere|--data empty|--image-size 33|--image-size 24|--steps 15|--batch-size 0
 --save-every 7|--disc-start soon|--nonsense|--lr nan|--preset huge|--perceptual-net resnet
 --precision fp8|--perceptual-weight 1|--freeze-encoder|--init nowhere.pt|--init foreign.pt
 --init hostile.pt|--init torn.safetensors|--init flux2.pt|--init good.pt --ch 16|--device cuda
---data photos --val photos/val"""
+--data photos --val photos/val|--data photos --out photos"""
 
 
 @each("flags", re.split(r"[|\n]", BAD.strip()))

@@ -127,9 +127,11 @@ class Config:
                 self.refuse(name, "must be a multiple of 10, as a record is made every 10 steps")
         if self.disc_start != "plateau" and not self.disc_start.isdigit():
             self.refuse("disc_start", "must be a step or the word plateau")
-        data, val = Path(self.data).resolve(), Path(self.val).resolve()
+        data, val, out = [Path(path).resolve() for path in (self.data, self.val, self.out)]
         if self.data and self.val and val.is_relative_to(data):
             self.refuse("val", "lies in --data, so it would be trained on; move it out of there")
+        if self.out and out in (data, val):
+            self.refuse("out", "is a folder of images, which a run's would become part of")
         if self.freeze_encoder and not self.init:
             self.refuse("freeze_encoder", "a new encoder is not worth keeping; give --init FILE")
         f = 2 ** (len(self.ch_mult) - 1)
@@ -804,6 +806,8 @@ class ImageFolder(Dataset):
 
     def decode(self, file):
         """A file as an upright RGB image, a large JPEG at 1/2, 1/4 or 1/8 of its size."""
+        if not os.path.isfile(file):  # to open a pipe would wait for ever
+            raise ValueError("it is no file")
         with Image.open(file, formats=self.formats) as image:
             image.draft("RGB", (2 * self.size, 2 * self.size))
             # Mode I has 32 bits, but of a PNG or PGM only 16.

@@ -3,24 +3,28 @@
     python .github/experiments/gpu.py PHOTOS [--seconds 420] [--out run/gpu]
     python .github/experiments/gpu.py --dry                  all of it on a CPU, with tiny networks
 
-Prints tables; --out gets gpu.json and the run with its log and samples. What fails is a row. It
-wants the packages of the tests, and without a network a TORCH_HOME with LPIPS' SqueezeNet."""
+Prints tables; --out gets gpu.json, and the run's log and samples. What fails is a row. It wants the
+packages of the tests, and without a network a TORCH_HOME with LPIPS' SqueezeNet."""
 
 import argparse
+import itertools
 import json
-import math
-import signal
-import statistics
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
-import gpu_variants  # before vaegan: it puts the root on sys.path
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
-import vaegan
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import vaegan  # noqa: E402, it lies in the repository's root
 
 parser = argparse.ArgumentParser()
 parser.add_argument("photos", nargs="?", default="", help="folder of images; none: dead leaves")
@@ -28,121 +32,94 @@ parser.add_argument("--seconds", type=float, default=420, help="for all of it")
 parser.add_argument("--out", type=Path, default=Path("run/gpu"))
 parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny networks")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
 
-DEVICE = vaegan.launch("cpu" if args.dry else "cuda")
-SIZE = 32 if args.dry else 256
-BASE = dict(preset="sd", batch_size=16, precision="bf16", disc_start="0", disc_lead=0, disc_ramp=0)
+START, DEVICE = time.time(), vaegan.launch("cpu" if args.dry else "cuda")
+N, UPDATES, MATRIX = (2, 1, 256) if args.dry else (16, 5, 8192)
+STEP = f"--preset sd --precision bf16 --batch-size {N} --disc-start 0 --disc-lead 0 --disc-ramp 0"
+RUN = "--preset sd --sample-every 200 --disc-start 400 --disc-lead 100 --disc-ramp 200"
 if args.dry:
-    BASE.update(batch_size=2, ch=32, ndf=8)
-LPIPS = dict(perceptual_net="squeeze", perceptual_weight=1.0)
+    STEP += " --ch 32 --ndf 8 --image-size 32"
+    RUN = "--preset tiny --device cpu --steps 30 --sample-every 30 --disc-start 10 --disc-lead 0"
+LPIPS = "--perceptual-net squeeze --perceptual-weight 1"
 try:
     vaegan.Perceptual("squeeze")
 except ImportError as error:
     print(f"Without LPIPS: {error}")
-    LPIPS = dict(perceptual_weight=0.0)
-BASE.update(LPIPS)
-photos = vaegan.ImageFolder(args.photos, SIZE) if args.photos else vaegan.DeadLeaves(SIZE)
-IMAGES = torch.stack([photos[i] for i in range(2 * BASE["batch_size"])])
-if not args.dry:
-    IMAGES = IMAGES.pin_memory()  # as a run's are, or their copy would be waited for
+    LPIPS = "--perceptual-weight 0"
+FOUND, KNOWN = [], {}  # all rows; what one measures for others
+A = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=DEVICE)
 
 
-def tests():
-    """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu", "test_vaegan.py"]
-    done = subprocess.run(command, cwd=gpu_variants.ROOT, capture_output=True, text=True)
-    text = (done.stdout + done.stderr).strip()
-    return dict(status=done.returncode, pytest=text[text.rfind("\n") + 1 :])
-
-
-def train():
-    """The newest value of each term of a run, which goes on until the time is over."""
-    flags = "--preset sd --steps 1000000 --sample-every 300 --save-every 1000000"
-    flags += " --disc-start 400 --disc-lead 100 --disc-ramp 200"
-    if args.dry:
-        flags = "--preset tiny --device cpu --image-size 32 --steps 30 --sample-every 30"
-        flags += " --disc-start 10 --disc-lead 0 --disc-ramp 10"
-    flags += "".join(f" --{name.replace('_', '-')} {value}" for name, value in LPIPS.items())
-    folder, output = args.out / "run", args.out / "run.txt"
-    command = [sys.executable, gpu_variants.ROOT / "vaegan.py", "train", *flags.split()]
-    command += ["--data", args.photos, "--out", folder]
-    with open(output, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
-    try:
-        process.wait(START + args.seconds - 15 - time.time())
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-    finally:
-        process.kill()
-        for save in folder.glob("*.pt"):
-            save.unlink()  # it is large
-    if process.returncode not in (0, 130):
-        return dict(failed=f"exit status {process.returncode}: {output.read_text()[-200:]!r}")
-    last, log = {}, folder / "log.jsonl"
-    for line in log.read_text().splitlines():
-        last.update(json.loads(line))
-    seconds = log.stat().st_mtime - (folder / "config.json").stat().st_mtime  # with validations
-    n = vaegan.Config.of("tiny" if args.dry else "sd").batch_size
-    terms = {name: last.get(name) for name in ("step", "val_psnr", "val_lpips", "d_acc", "lam")}
-    return {"status": process.returncode, **terms, "images/s": last["step"] * n / seconds}
-
-
-def ring(number, frame):
-    """What the alarm clock does."""
-    raise TimeoutError("out of time")
-
-
-def show(title, found, peak):
-    """Print a block: of numbers the medians of all turns."""
-    rows = []
-    for name, turns in found.items():
+def table(title, rows, share=0.65):
+    """Measure, print and save rows, {name: function}, until this share of the time is over."""
+    columns = []
+    for name, measure in rows.items():
         row = {title: name}
-        for turn in turns:
-            for key, value in turn.items():
-                values = [other[key] for other in turns if key in other]
-                row[key] = statistics.median(values) if isinstance(value, float) else value
-        rows.append(row)
-        if "TFLOP/s" in row:
-            row["share of peak"] = row["TFLOP/s"] / peak
-            row["base / it"] = rows[0].get("images/s", math.nan) / row["images/s"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for row in rows:
-        cells = [row.get(key, "") for key in columns]
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        try:
+            assert time.time() < START + share * args.seconds, "skipped: its time is over"
+            row |= measure()
+        except Exception as error:
+            row["failed"] = repr(error)[:200]
+        FOUND.append(row)
+        (args.out / "gpu.json").write_text(json.dumps(FOUND, indent=1))
+        if columns != list(row):
+            columns = list(row)
+            print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-START = time.time()
-signal.signal(signal.SIGALRM, ring)
-speed = partial(gpu_variants.speed, BASE, IMAGES, DEVICE)
-precision = partial(gpu_variants.precision, BASE, IMAGES, DEVICE)
-blocks = (  # title, seconds, rounds, what is measured, {row: its arguments}
-    ("card", 5, 1, gpu_variants.card, {"": (DEVICE, 256 if args.dry else 8192)}),
-    ("tests", 30, 1, tests, {"": ()}),
-    ("precision", 20, 1, precision, {name: (name,) for name in gpu_variants.PRECISIONS}),
-    ("throughput", 120, 99, speed, gpu_variants.throughput(BASE["batch_size"])),
-    ("changes", 30, 99, speed, gpu_variants.CHANGES),
-    ("torch.compile", 60, 99, speed, gpu_variants.COMPILE),
-    ("training", 150, 1, train, {"": ()}),
-)
-results = {}
-for title, seconds, rounds, measure, variants in blocks:
-    end = time.time() + args.seconds * seconds / 415
-    found = results[title] = {name: [] for name in variants}
-    for name in list(variants) * (1 if args.dry else rounds):
-        turns = found[name]
-        if turns and (time.time() > end or "failed" in turns[-1]):
-            continue
-        signal.alarm(max(int(end - time.time()) + 30, 1))  # each row gets a turn, if they are short
-        try:
-            turns.append(measure(*variants[name]))
-        except Exception as error:
-            turns.append(dict(failed=repr(error)[:200]))
-        signal.alarm(0)
-    show(title, found, peak=results["card"][""][0].get("peak", math.nan))
-    (args.out / "gpu.json").write_text(json.dumps(results, indent=1))
-if args.dry and "'failed'" in str(results):
-    sys.exit("a row has failed")
+def machine():
+    """The card; the speed of a product of bf16 matrices; the work on an image; the tests."""
+    card = subprocess.getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
+    matrix = torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=torch.bfloat16)
+    seconds = Timer("matrix @ matrix", globals=locals()).blocked_autorange(min_run_time=1).median
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        x_hat, _ = vaegan.AutoencoderKL()(torch.zeros(1, 3, 256, 256))
+        x_hat.sum().backward()
+    KNOWN.update(peak=2 * MATRIX**3 / seconds / 1e12, work=counter.get_total_flops() / 1e12)
+    tests = subprocess.getoutput(f"{sys.executable} -m pytest -q -k gpu {ROOT}/test_vaegan.py")
+    return dict(torch=torch.__version__, **KNOWN, tests=tests.split("\n")[-1])
+
+
+def one_step(precision):
+    """Terms of a step of small networks: in fp64 on the CPU, else errors relative to these."""
+    import test_vaegan as t
+
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    low = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
+    autocast = partial(torch.autocast, DEVICE.type, low, enabled=low is not None)
+    options = dict(autocast=autocast, scale=1024.0)  # for fp16
+    like = dict(dtype=torch.double) if precision == "fp64" else dict(device=DEVICE)
+    t.SMALL["ch"] = 32
+    vae, disc = [net.to(**like) for net in t.small_nets()]
+    t.quiet_posterior(vae)
+    x = t.images(2, 64).to(**like)
+    gan = dict(adversary=lambda x, x_hat: -disc(x_hat).mean(), lambda_max=torch.inf)
+    x_hat, terms = vaegan.generator_step(vae, x, **gan, **options)
+    terms |= vaegan.discriminator_step(disc, x, x_hat, **options)
+    terms.update(grad_vae=t.gradients(vae).norm(), grad_disc=t.gradients(disc).norm())
+    found = {name: float(terms[name]) for name in ("rec_loss", "d_loss", "lam", "grad_vae", "grad_disc")}
+    if precision == "fp64":
+        KNOWN["exact"] = found
+        return found
+    return {name: value / KNOWN["exact"][name] - 1 for name, value in found.items()}
+
+
+def timed(flags="", place="vaegan.Trainer", new=vaegan.Trainer):
+    """The whole step, with LPIPS, D and the optimisers; perhaps something is replaced in it."""
+    torch.cuda.empty_cache()
+    flags = vaegan.parse(["train", *STEP.split(), *LPIPS.split(), *flags.split()])
+    del flags["command"]
+    cfg = vaegan.Config.of(**flags)
+    with patch(place, new):
+        run = vaegan.Trainer(cfg, DEVICE)
+        shape = (cfg.batch_size, 3, cfg.image_size, cfg.image_size)
+        images = itertools.repeat(torch.randint(256, shape, dtype=torch.uint8, device=DEVICE))
+        run.update(images)  # cuDNN tries its algorithms
+        if not args.dry:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = Timer("run.update(images)", globals=locals()).timeit(UPDATES).mean
+    speed, memory = cfg.batch_size / seconds, torch.cuda.max_memory_allocated() / 2**30
+    return {"images/s": speed, "share of peak": speed * KNOWN["work"] / KNOWN["peak"], "GiB": memory}
