@@ -127,11 +127,11 @@ class Config:
                 self.refuse(name, "must be a multiple of 10, as a record is made every 10 steps")
         if self.disc_start != "plateau" and not self.disc_start.isdigit():
             self.refuse("disc_start", "must be a step or the word plateau")
-        data, val, out = [Path(path).resolve() for path in (self.data, self.val, self.out)]
-        if self.data and self.val and val.is_relative_to(data):
+        folders = [Path(folder).resolve() for folder in (self.data, self.val) if folder]
+        if len(folders) == 2 and folders[1].is_relative_to(folders[0]):
             self.refuse("val", "lies in --data, so it would be trained on; move it out of there")
-        if self.out and out in (data, val):
-            self.refuse("out", "is a folder of images, which a run's would become part of")
+        if self.out and Path(self.out).resolve() in folders:
+            self.refuse("out", "is a folder of images, and its pictures would become some")
         if self.freeze_encoder and not self.init:
             self.refuse("freeze_encoder", "a new encoder is not worth keeping; give --init FILE")
         f = 2 ** (len(self.ch_mult) - 1)

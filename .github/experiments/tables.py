@@ -50,11 +50,15 @@ def measure(run, dataset, perceptual):
     measured = vaegan.evaluate(vae, dataset, perceptual=perceptual)
     records = read_log(run)
     last = records[-30:]  # of ten steps each
-    norms = [record["grad_norm_dec"] for record in records if record["step"] > 50]
-    events = [f"step {record['step']}" for record in records if "event" in record]
-    lambdas = [record["lam"] for record in last if "lam" in record]
-    bound = content["config"]["lambda_max"]
-    at_bound = [lam > 0.999 * bound for lam in lambdas if bound > 0]
+    norms = [r["grad_norm_dec"] for r in records if "grad_norm_dec" in r and r["step"] > 50]
+    lambdas, bound = [r["lam"] for r in last if "lam" in r], content["config"]["lambda_max"]
+    at_bound = None
+    if lambdas and bound > 0:
+        at_bound = statistics.fmean(lam > 0.999 * bound for lam in lambdas)
+    collapsed = "no"
+    events = [record["event"] for record in records if "event" in record]
+    if events:  # collapse at step 340: rebound is 8.58 (limit 3.5); likely cause: …
+        collapsed = events[0].removeprefix("collapse at ").partition(" (limit")[0]
     return {
         "PSNR, dB": show(measured["psnr"], ".2f"),
         "SSIM": show(measured["ssim"], ".3f"),
@@ -62,10 +66,10 @@ def measure(run, dataset, perceptual):
         "sharpness": show(measured["sharpness"], ".2f"),
         "d_acc": show(mean_of(last, "d_acc"), ".2f"),
         "λ": show(mean_of(last, "lam"), ".2g"),
-        "λ at its bound": show(statistics.fmean(at_bound) if at_bound else None, ".0%"),
-        "largest ‖∇dec‖": show(max(norms), ".1f"),
+        "λ at its bound": show(at_bound, ".0%"),
+        "largest ‖∇dec‖": show(max(norms, default=None), ".1f"),
         "grad_ratio": show(mean_of(last, "grad_ratio"), ".2f"),
-        "collapsed": events[0] if events else "no",
+        "collapsed": collapsed,
     }
 
 
