@@ -106,7 +106,7 @@ def train(row, data, seed):
             x = vaegan.to_model(torch.stack([self.val_set[i] for i in range(16)]), self.device)
             x_hat, _ = self.ema(x, sample=False)
             psnr = float(vaegan.psnr(x, x_hat.clamp(-1, 1)).mean())
-            self.best = max(self.best, (False, psnr))  # the attribute that vaegan.Trainer has
+            self.best = max(self.best, (False, psnr))  # as Trainer keeps it for best.pt
             look = self.monitor.look(x, x_hat)
             ignores_z = look["other_z"] < 1.05 and look["batch_spread"] > 0.1  # else all are alike
             terms = dict(self.monitor.over[-1])
@@ -146,8 +146,8 @@ def main():
     for (flags, gan, event), steps in zip(HEALTHY + PROVOKED, outcomes):
         happened = f"{event[0].__name__} {event[1]:g}" if event else ""
         shown = ", ".join(f"{sign} {steps[sign]}" for sign in signs if sign in steps)
-        word = f"{steps.get('ruined', '')} | {steps.get('event', '')}"
-        print(f"| `{flags}` | {gan} | {happened} | {word} | {shown} |")
+        when = f"{steps.get('ruined', '')} | {steps.get('event', '')}"
+        print(f"| `{flags or 'default'}` | {gan} | {happened} | {when} | {shown} |")
 
     stopped = [steps for steps in outcomes[:number] if "event" in steps]
     ruined = [steps for steps in outcomes[number:] if "ruined" in steps]
@@ -157,7 +157,7 @@ def main():
     print("| sign | ruined runs with it | median of steps from the ruin to it |\n|---|---|---|")
     for sign in signs:
         delays = [steps[sign] - steps["ruined"] for steps in ruined if sign in steps]
-        median = statistics.median(delays) if delays else "–"
+        median = f"{statistics.median(delays):+g}" if delays else "–"
         print(f"| {sign} | {len(delays)} | {median} |")
 
 
