@@ -1026,7 +1026,8 @@ BAD = """--data nowhere|--data empty|--image-size 33|--image-size 24|--steps 15|
 --save-every 7|--disc-start soon|--nonsense|--lr nan|--preset huge|--perceptual-net resnet
 --precision fp8|--perceptual-weight 1|--freeze-encoder|--init nowhere.pt|--init foreign.pt
 --init hostile.pt|--init torn.safetensors|--init flux2.pt|--init good.pt --ch 16|--device cuda
---data photos --val photos/val|--data photos --out photos"""
+--data photos --val photos/val|--data photos/train --val photos|--data photos --out photos
+--ch-mult 0"""
 
 
 @each("flags", re.split(r"[|\n]", BAD.strip()))

@@ -127,11 +127,13 @@ class Config:
                 self.refuse(name, "must be a multiple of 10, as a record is made every 10 steps")
         if self.disc_start != "plateau" and not self.disc_start.isdigit():
             self.refuse("disc_start", "must be a step or the word plateau")
-        folders = [Path(folder).resolve() for folder in (self.data, self.val) if folder]
-        if len(folders) == 2 and folders[1].is_relative_to(folders[0]):
-            self.refuse("val", "lies in --data, so it would be trained on; move it out of there")
-        if self.out and Path(self.out).resolve() in folders:
+        data, val, out = [Path(folder).resolve() for folder in (self.data, self.val, self.out)]
+        if self.data and self.val and (data.is_relative_to(val) or val.is_relative_to(data)):
+            self.refuse("val", "shares images with --data; give folders beside each other")
+        if self.out and ((self.data and out == data) or (self.val and out == val)):
             self.refuse("out", "is a folder of images, and its pictures would become some")
+        if min(self.ch_mult, default=0) < 1:
+            self.refuse("ch_mult", "must be positive")
         if self.freeze_encoder and not self.init:
             self.refuse("freeze_encoder", "a new encoder is not worth keeping; give --init FILE")
         f = 2 ** (len(self.ch_mult) - 1)
@@ -160,6 +162,7 @@ class Config:
             values = {name: value for name, value in tiny.items() if value is not None}
         if flags.get("init"):
             place = {name: flags[name] for name in ("data", "out") if name in flags}
+            # A run that has a save takes all from there, so the file may be gone.
             file = newest_save(cls(preset=preset, **place).folder) or flags["init"]
             widths = load_autoencoder(file)[0].widths
             values.update(widths, disc_start="0")  # a trained reconstruction has saturated
@@ -170,13 +173,13 @@ class Config:
         return cfg
 
 
-# Sections 3 to 6 depend on torch and the standard library alone (Perceptual on lpips too): copy all
-# of section 3, and of the others what you want, with what a docstring names under "Needs:".
+# Sections 3 to 6 depend on torch and the standard library alone (Perceptual on lpips too). To reuse
+# them, copy section 3 whole, and of 4 to 6 and 8 any piece with what it lists under "Needs:".
 # ---- 3. Autoencoder: kl-f8's computation under CompVis' names, so that files open elsewhere.
 
 
 def group_norm(channels):
-    """32 groups where 32 divides `channels`, else of four channels. Autocast runs it in fp32."""
+    """32 groups where 32 divides `channels`, else of four channels. CUDA's autocast: in fp32."""
     groups = 32 if channels % 32 == 0 else math.gcd(channels, max(channels // 4, 1))
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -437,8 +440,8 @@ def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=0.05):
     λ guards against a D too strong: λ·g_adv is never stronger than g_rec. Its bound guards against
     one too weak: without it λ amplifies a D that knows nothing, the decoder outruns it, and D stays
     at chance. g_rec, g_adv: gradients of both losses at the decoder's last layer -> scalar without
-    a graph. Source: Esser et al. 2021, eq. 7; ε and bound of latent-diffusion, whose 1e4 in sums
-    over a 256 px image is 1e4/(3·256²) = 0.05 in our means. max_weight=math.inf: no bound."""
+    a graph. Source: Esser et al. 2021, eq. 7; ε and bound are latent-diffusion's, whose 1e4 is for
+    sums over 3·256² values, which makes it 0.05 for means. max_weight=math.inf: no bound."""
     return (g_rec.norm() / (g_adv.norm() + eps)).clamp(max=max_weight).detach()
 
 
@@ -490,9 +493,9 @@ class WarmUp:
         D trains       no         yes               yes                   yes
         w(t)           0           0           rises linearly to 1         1
 
-    start: T, or "plateau": the step at which the reconstruction loss has saturated, at the latest
-    half of `steps`. Its median over `steps`/20 steps is then less than 3 % below that of as many
-    steps before, three times in a row, half a window apart."""
+    start: T, or "plateau": once the reconstruction loss has saturated. That is when its median in a
+    window of `steps`/20 steps is above 0.97 times that in the window before, in three comparisons
+    running, one each half window; or when half of `steps` are over."""
 
     def __init__(self, start="plateau", lead=0, ramp=0, steps=200_000):
         self.start = None if start == "plateau" else int(start)
@@ -573,9 +576,10 @@ class CollapseMonitor:
         the KL goes to 0              kl_gone; z_ignored where the decoder ignores z all the same
         noise, saturation, ringing    noise; the terms saturation and high_freq are only logged
 
-    Collapsed: a damage is over its limit in two records running, or in one within five records of a
-    cause, or a term is not finite. z_ignored and noise count once there was a picture (correlation
-    over ½), if the GAN dominates, or after 100 records. CollapseMonitor(rebound=4.0) sets a limit.
+    Collapsed: a term is not finite; or two records running have a damage over its limit; or one
+    has, and a cause was over its limit in it or in the five before. z_ignored and noise count once
+    there was a picture (correlation over ½), if the GAN dominates, or after 100 records.
+    CollapseMonitor(rebound=4.0) sets a limit.
     Needs: CollapseError, high_frequency_energy."""
 
     SIGNS = {  # sign: limit, what is measured, remedy
@@ -600,7 +604,7 @@ class CollapseMonitor:
         self.values = {}  # {sign: its value} in the newest record
         self.over = [{}]  # of the newest six records: {sign: its value} where over the limit
         self.best_corr = 0.0
-        self.peak_kl = 0.03  # nats a dimension, between this (a KL that never rose) and 1
+        self.peak_kl = 0.03  # largest kl_dim, within [0.03, 1]: a KL that never rose is gone, too
         self.best_level = dict(l2=math.inf, rec_loss=math.inf)  # dB
 
     @staticmethod
@@ -612,11 +616,11 @@ class CollapseMonitor:
         b = x_hat - x_hat.mean(dim=(0, 2, 3), keepdim=True)
         energy, energy_hat = [high_frequency_energy(image).mean() for image in (x, x_hat)]
         terms = dict(
-            corr=((a * b).mean() + 1e-3) / (a.norm() * b.norm() / a.numel() + 1e-3),
+            corr=((a * b).mean() + 1e-3) / (a.norm() * b.norm() / a.numel() + 1e-3),  # 1 if flat
             saturation=(x_hat.abs() > 1).float().mean() - (x.abs() > 1).float().mean(),
             high_freq=energy_hat / energy.clamp(min=1e-12),
         )
-        if len(x) > 1:  # low-passed: error with another image's z over own z; difference of images
+        if len(x) > 1:  # low-passed: error with the next image's z over own z; how images differ
             side = max(min(x.shape[-2:]) // 16, 1)
             small, small_hat = F.avg_pool2d(x, side), F.avg_pool2d(x_hat, side)
             own = (small - small_hat).abs().mean()
@@ -634,18 +638,18 @@ class CollapseMonitor:
             remedy = "less --lr, or --precision fp32"
             raise CollapseError(step, "non_finite", len(broken), 0, cause, remedy)
         self.measure(terms)
-        was_damaged = any(sign in self.over[-1] for sign in self.DAMAGE)
         over = {sign: v for sign, v in self.values.items() if v > self.limits[sign]}
         self.over = [*self.over, over][-6:]
-        shown = {}  # the newest value over its limit of each sign, in these six records
+        lately = {}  # the newest value over its limit of each sign, in these six records
         for signs in self.over:
-            shown |= signs
-        causes = [sign for sign in self.CAUSES if sign in shown]
+            lately |= signs
+        causes = [sign for sign in self.CAUSES if sign in lately]
         damage = [sign for sign in self.DAMAGE if sign in over]
+        was_damaged = any(sign in self.over[-2] for sign in self.DAMAGE)
         if damage and (causes or was_damaged):
             sign, culprit = damage[0], (causes + damage)[0]
             _, meaning, remedy = self.SIGNS[culprit]
-            cause = f"{culprit}: {meaning} was {shown[culprit]:.3g}"
+            cause = f"{culprit}: {meaning} was {lately[culprit]:.3g}"
             raise CollapseError(step, sign, over[sign], self.limits[sign], cause, remedy)
 
     def recent(self, term, count):
@@ -655,7 +659,7 @@ class CollapseMonitor:
     def measure(self, terms):
         """Set self.values from a record and the 20 before it, for the signs with terms."""
         record, signs = dict(terms), {}
-        if record.get("batch_spread", 1.0) < 0.1:  # the images are alike; photographs: 0.34 to 0.54
+        if record.get("batch_spread", 1.0) < 0.1:  # too alike to compare; photographs: 0.34 to 0.54
             record.pop("other_z", None)
         self.history = [*self.history, record][-21:]
         self.count += 1
@@ -669,15 +673,16 @@ class CollapseMonitor:
             spread = 1.4826 * statistics.median(abs(norm - usual) for norm in norms[:-1])
             signs["spike"] = (norms[-1] - usual) / max(spread, 0.2)
 
-        # dB of two records above the best mean of five so far, which rises by 0.005 a record.
+        # Mean dB of the newest two records above the best mean of five so far, which is relaxed by
+        # 0.005 dB a record, so that an old best fades.
         rise = dict(l2=0.0, rec_loss=0.0)
         for term in rise:
             levels = [10 * math.log10(max(value, 1e-12)) for value in self.recent(term, 5)]
             if len(levels) == 5:
                 best = min(self.best_level[term] + 0.005, statistics.fmean(levels))
-                self.best_level[term] = best
+                self.best_level = self.best_level | {term: best}
                 rise[term] = statistics.fmean(levels[-2:]) - best
-        # Both have to rise, for a healthy GAN costs PSNR; twice: dB of an amplitude, not a power.
+        # Both have to rise: the GAN alone raises l2. rec_loss is an amplitude, with half of the dB.
         signs["rebound"] = min(rise["l2"], 2 * rise["rec_loss"])
 
         # Medians of three records, so that one odd batch does not count.
@@ -698,12 +703,12 @@ class CollapseMonitor:
 
     def state_dict(self):
         """What continuing needs."""
-        return copy.deepcopy({name: getattr(self, name) for name in self.STATE})
+        return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state):
         """Continue; the limits stay those of this monitor."""
         for name in self.STATE:
-            setattr(self, name, copy.deepcopy(state[name]))
+            setattr(self, name, state[name])
 
 
 # ---- 7. Data: a folder of images, or dead leaves, as uint8.
@@ -733,7 +738,8 @@ def find_images(root, suffixes):
     files, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen or "log.jsonl" in names:  # a link back, or a run with its samples
+        is_run = "log.jsonl" in names and folder != str(root)  # with its samples
+        if real in seen or is_run:
             subfolders.clear()
             continue
         seen.add(real)
@@ -756,7 +762,7 @@ class ImageFolder(Dataset):
         self.root, self.size, self.is_train, self.seed = root, size, train, seed
         kinds = Image.registered_extensions()  # {suffix: kind}
         left_out = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # programs, films, data
-        self.formats = sorted(set(Image.OPEN) & set(kinds.values()) - left_out)
+        self.formats = sorted(set(Image.OPEN) & (set(kinds.values()) - left_out))
         suffixes = tuple(suffix for suffix, kind in kinds.items() if kind in self.formats)
         self.files = find_images(root, suffixes)
         if not self.files:
@@ -933,7 +939,7 @@ def generator_step(
         terms.update(g_loss=adv_loss, w=w, grad_ratio=w * adv_last.norm() / rec_last.norm())
 
     # With g the losses' gradient at x̂, that at the parameters is (∂x̂/∂θ)ᵀ·g: the gradient of Σ x̂·g.
-    # In one call, for after the first of two calls DDP would already average.
+    # In one call: with two, DDP would average after the first and leave out the second.
     kl_loss = scale * kl_weight * kl / x[0].numel()
     ((x_hat * image_grad).sum() + kl_loss).backward()
     return x_hat.detach(), {name: value.detach() for name, value in terms.items()}
@@ -1026,12 +1032,11 @@ class Trainer:
         # Losses.
         self.perceptual = None
         if cfg.perceptual_weight > 0:
-            if RANK > 0:
-                wait_for_ranks()  # for rank 0, which may have to download the network
+            if RANK == 0 and WORLD_SIZE > 1:
+                Perceptual(cfg.perceptual_net)  # may download; then the others find the file
+            wait_for_ranks()
             self.perceptual = Perceptual(cfg.perceptual_net)
             self.perceptual.to(device, memory_format=torch.channels_last)
-            if RANK == 0:
-                wait_for_ranks()
 
         # Optimisers.
         self.enc_params = [*self.vae.encoder.parameters(), *self.vae.quant_conv.parameters()]
@@ -1100,7 +1105,7 @@ class Trainer:
             )
             self.unread.append(terms)
             if trains_disc:
-                r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0  # lazy: Karras et al. 2020, §3.1
+                r1 = 16 * cfg.r1 if step % 16 == 0 else 0.0  # each 16th step: Karras 2020, §3.1
                 losses = dict(loss=self.d_loss, penalty=self.penalty, r1=r1)
                 terms = discriminator_step(self.disc_ddp, x, x_hat, **losses, **precision)
                 self.unread.append(terms)
@@ -1130,9 +1135,9 @@ class Trainer:
 
     def read_record(self):
         """-> the means of ten steps over all ranks, in one transfer from the device.
-        What an fp16 overflow does: the scaler has skipped that optimiser's step and halved the
-        scale; here terms of gradients that are not finite are left out. Any other term that is not
-        finite, and these too once the scale is below 1, stays, and the monitor stops the run."""
+        What an fp16 overflow does: the scaler skips the step of the optimiser that overflowed, and
+        halves the scale; here, terms of gradients that are not finite are left out of the record.
+        With a scale below 1 they stay, as all other terms do, and the monitor stops the run."""
         series = {}
         for terms in self.unread:
             for name, value in terms.items():
@@ -1157,7 +1162,7 @@ class Trainer:
         score = measured["psnr"] if measured["lpips"] is None else -measured["lpips"]
         score = float(average_over_ranks(torch.tensor(score)))  # the same on all, to the bit
         has_texture = not self.has_gan or self.warm_up.weight(self.step - 1) == 1
-        if (has_texture, score) > self.best:  # no save without texture stays the best
+        if (has_texture, score) > self.best:  # a GAN at full weight beats any without
             self.best = (has_texture, score)
             write_whole(self.folder / "best.pt", self.state_dict())
         return {f"val_{name}": value for name, value in measured.items() if value is not None}
@@ -1167,7 +1172,7 @@ class Trainer:
         write_whole(self.folder / "last.pt", self.state_dict(), self.folder / "previous.pt")
 
     def report_collapse(self, error):
-        """Go back to the save before the last one, which may be damaged already: a collapse is
+        """Let previous.pt take the place of last.pt, which may be damaged already: a collapse is
         noticed within 50 steps. Write collapse.json, collapse.png (rows: image, that save, now)."""
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
         if RANK == 0 and previous.exists():
@@ -1225,8 +1230,8 @@ class Trainer:
         write_whole(self.folder / "config.json", json.dumps(asdict(self.cfg)).encode())
         log = self.folder / "log.jsonl"  # of which the whole records up to this step stay
         lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-        lines = [line for line in lines if line.endswith(b"}\n")]
-        write_whole(log, b"".join(x for x in lines if json.loads(x)["step"] <= self.step))
+        kept = [x for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= self.step]
+        write_whole(log, b"".join(kept))
         if not file:
             self.save()
 
@@ -1283,10 +1288,11 @@ def train(cfg, signals=(), trainer=Trainer):
 
 def launch(kind):
     """-> the device of a kind, or of the best kind. Under torchrun it joins the other processes."""
+    has = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: there is none on this machine; take --device auto")
+        kind = "cuda" if has["cuda"] else "cpu"
+    if not has[kind]:
+        raise UsageError(f"--device {kind}: there is none on this machine; take --device auto")
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device("cuda", int(TORCHRUN.get("LOCAL_RANK", 0)))
@@ -1305,12 +1311,12 @@ def wait_for_ranks():
 
 def catch_signals():
     """-> a list that gets the number of a SIGINT or SIGTERM: train saves within ten steps, main
-    exits with 128 + number. The same one again ends the process (not under torchrun)."""
+    exits with 128 + number. A second one of a kind kills at once (not under torchrun)."""
     caught = []
 
     def catch(number, frame):
         caught.append(number)
-        if WORLD_SIZE == 1:  # torchrun and the cluster may both send the first
+        if not TORCHRUN:  # which and whose cluster may both send the first
             signal.signal(number, signal.SIG_DFL)
         if RANK == 0:  # print is not for handlers
             os.write(2, b"\nvaegan.py: saves within ten steps, then stops\n")
@@ -1321,21 +1327,20 @@ def catch_signals():
 
 
 def leave_process_group(worker):
-    """For a process that loads images: Ctrl-C and torchrun's SIGTERM go to the whole group, and the
-    run needs its images until it has saved. DataLoader's own SIGTERM still ends it."""
+    """Let a worker leave the group that Ctrl-C and torchrun's SIGTERM go to, for the run needs its
+    images until it has saved."""
     os.setpgrp()
 
 
 def newest_save(folder):
-    """last.pt, or where a kill came between two renames previous.pt; None without either. It holds
-    all that continuing needs, also the widths of an autoencoder that began from --init."""
+    """last.pt; previous.pt if a kill came while that was renamed; None if there is neither."""
     saves = [folder / "last.pt", folder / "previous.pt"]
     return next((file for file in saves if file.exists()), None)
 
 
 def write_whole(path, content, older=None):
     """Rank 0 writes bytes, or a dict by torch.save: beside, flushed, renamed, so never half a file;
-    what was there is kept as `older`. The others wait: if one left, torchrun would end rank 0."""
+    what was there is kept as `older`. The others wait: if one left, torchrun would kill rank 0."""
     if RANK == 0:
         if isinstance(content, dict):
             buffer = io.BytesIO()  # into a file on a full disk torch.save raises a RuntimeError
@@ -1370,15 +1375,16 @@ def save_grid(path, dataset, device, *autoencoders):
 
 def read_file(path):
     """-> the tensors and plain values of a .safetensors file or one of torch.save; never code."""
+    is_safetensors = str(path).endswith(".safetensors")
+    if is_safetensors:
+        from safetensors.torch import load_file  # or ImportError: pip install safetensors
     try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file  # pip install safetensors
-
+        if is_safetensors:
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError:  # whose text advises to run the code
         reason = "it is torn, or has code beside the weights as Lightning's have"
-    except Exception as error:  # whatever stands in the file, or no safetensors
+    except Exception as error:  # whatever stands in the file
         reason = str(error)[:200]
     raise UsageError(f"{path} cannot be read: {reason}; give the autoencoder's .safetensors")
 
@@ -1539,11 +1545,12 @@ def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
         vae, content = load_autoencoder(path)
         vaes.append(vae)
         steps.append(content.get("step", "–"))
-        image_size = image_size or content.get("config", {}).get("image_size", 256)
+        image_size = image_size or content.get("config", {}).get("image_size", 0)
+    image_size = image_size or 256
     for vae in vaes:
         Config(image_size=image_size, ch_mult=vae.widths["ch_mult"], device=device)  # or refuse
     device = launch(device)
-    dataset = DeadLeaves(image_size, 1, length=64)
+    dataset = DeadLeaves(image_size, seed=-1, length=64)  # on which no run has trained
     if data:
         dataset = ImageFolder(data, image_size, train=False)
     perceptual, about = None, f"LPIPS-{perceptual_net}"

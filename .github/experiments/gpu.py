@@ -1,24 +1,19 @@
-"""vaegan.py on a GPU: how exact, how fast, what would be faster, and a run.
+"""vaegan.py on a GPU: how exact, how fast, what would be faster, and a run. A failure is a row.
 
     python .github/experiments/gpu.py PHOTOS [--seconds 420] [--out run/gpu]
     python .github/experiments/gpu.py --dry                  all of it on a CPU, with tiny networks
-
-Prints tables; --out gets gpu.json, and the run's log and samples. What fails is a row. It wants the
-packages of the tests, and without a network a TORCH_HOME with LPIPS' SqueezeNet."""
+"""
 
 import argparse
-import itertools
 import json
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from subprocess import getoutput, getstatusoutput
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,36 +27,34 @@ parser.add_argument("--seconds", type=float, default=420, help="for all of it")
 parser.add_argument("--out", type=Path, default=Path("run/gpu"))
 parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny networks")
 args = parser.parse_args()
+args.out.mkdir(parents=True, exist_ok=True)
 
 START, DEVICE = time.time(), vaegan.launch("cpu" if args.dry else "cuda")
-N, UPDATES, MATRIX = (2, 1, 256) if args.dry else (16, 5, 8192)
-STEP = f"--preset sd --precision bf16 --batch-size {N} --disc-start 0 --disc-lead 0 --disc-ramp 0"
-RUN = "--preset sd --sample-every 200 --disc-start 400 --disc-lead 100 --disc-ramp 200"
+STEP = "--preset sd --precision bf16 --batch-size 16 --disc-start 0 --disc-lead 0 --disc-ramp 0 "
+RUN = "--preset sd --sample-every 200 --disc-start 400 --disc-lead 100 --disc-ramp 200 "
 if args.dry:
-    STEP += " --ch 32 --ndf 8 --image-size 32"
-    RUN = "--preset tiny --device cpu --steps 30 --sample-every 30 --disc-start 10 --disc-lead 0"
-LPIPS = "--perceptual-net squeeze --perceptual-weight 1"
+    STEP += "--ch 32 --ndf 8 --image-size 32 --batch-size 2 "
+    RUN = "--preset tiny --device cpu --steps 10 --sample-every 10 --disc-start 0 --disc-lead 0 "
+LPIPS = "--perceptual-net squeeze --perceptual-weight 1 "
 try:
     vaegan.Perceptual("squeeze")
 except ImportError as error:
     print(f"Without LPIPS: {error}")
-    LPIPS = "--perceptual-weight 0"
-FOUND, KNOWN = [], {}  # all rows; what one measures for others
-A = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=DEVICE)
+    LPIPS = "--perceptual-weight 0 "
+ROWS, KNOWN = [], {}  # all rows; what one measures for others
 
 
-def table(title, rows, share=0.65):
-    """Measure, print and save rows, {name: function}, until this share of the time is over."""
+def table(title, rows):
+    """Measure, print and save rows, {name: function}."""
     columns = []
     for name, measure in rows.items():
         row = {title: name}
         try:
-            assert time.time() < START + share * args.seconds, "skipped: its time is over"
             row |= measure()
         except Exception as error:
-            row["failed"] = repr(error)[:200]
-        FOUND.append(row)
-        (args.out / "gpu.json").write_text(json.dumps(FOUND, indent=1))
+            row["failed"] = repr(error)[:300]
+        ROWS.append(row)
+        (args.out / "gpu.json").write_text(json.dumps(ROWS, indent=1))
         if columns != list(row):
             columns = list(row)
             print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
@@ -70,28 +63,26 @@ def table(title, rows, share=0.65):
 
 
 def machine():
-    """The card; the speed of a product of bf16 matrices; the work on an image; the tests."""
-    card = subprocess.getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
-    matrix = torch.randn(MATRIX, MATRIX, device=DEVICE, dtype=torch.bfloat16)
+    """The card, its speed in TFLOP/s, the TFLOP of kl-f8 an image of 256 px, the tests on a GPU."""
+    n = 256 if args.dry else 8192
+    matrix = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
     seconds = Timer("matrix @ matrix", globals=locals()).blocked_autorange(min_run_time=1).median
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x_hat, _ = vaegan.AutoencoderKL()(torch.zeros(1, 3, 256, 256))
-        x_hat.sum().backward()
-    KNOWN.update(peak=2 * MATRIX**3 / seconds / 1e12, work=counter.get_total_flops() / 1e12)
-    tests = subprocess.getoutput(f"{sys.executable} -m pytest -q -k gpu {ROOT}/test_vaegan.py")
-    return dict(torch=torch.__version__, **KNOWN, tests=tests.split("\n")[-1])
+        vaegan.AutoencoderKL()(torch.zeros(1, 3, 256, 256))[0].sum().backward()
+    KNOWN.update(peak=2 * n**3 / seconds / 1e12, image=counter.get_total_flops() / 1e12)
+    card = getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
+    tests = getoutput(f"{sys.executable} -m pytest -q -k gpu {ROOT}/test_vaegan.py")
+    return dict(card=card, torch=torch.__version__, **KNOWN, tests=tests.split("\n")[-1])
 
 
-def one_step(precision):
+def one_step(dtype):
     """Terms of a step of small networks: in fp64 on the CPU, else errors relative to these."""
     import test_vaegan as t
-
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
-    low = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
-    autocast = partial(torch.autocast, DEVICE.type, low, enabled=low is not None)
+    is_low = dtype.itemsize == 2
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = is_low
+    autocast = partial(torch.autocast, DEVICE.type, dtype, enabled=is_low)
     options = dict(autocast=autocast, scale=1024.0)  # for fp16
-    like = dict(dtype=torch.double) if precision == "fp64" else dict(device=DEVICE)
+    like = dict(dtype=dtype) if dtype == torch.double else dict(device=DEVICE)
     t.SMALL["ch"] = 32
     vae, disc = [net.to(**like) for net in t.small_nets()]
     t.quiet_posterior(vae)
@@ -100,26 +91,82 @@ def one_step(precision):
     x_hat, terms = vaegan.generator_step(vae, x, **gan, **options)
     terms |= vaegan.discriminator_step(disc, x, x_hat, **options)
     terms.update(grad_vae=t.gradients(vae).norm(), grad_disc=t.gradients(disc).norm())
-    found = {name: float(terms[name]) for name in ("rec_loss", "d_loss", "lam", "grad_vae", "grad_disc")}
-    if precision == "fp64":
-        KNOWN["exact"] = found
-        return found
-    return {name: value / KNOWN["exact"][name] - 1 for name, value in found.items()}
+    names = ("rec_loss", "g_loss", "d_loss", "lam", "grad_vae", "grad_disc")
+    found = {name: terms[name].item() for name in names}
+    exact = KNOWN.setdefault("fp64", found)
+    return found if found is exact else {name: found[name] / exact[name] - 1 for name in names}
 
 
-def timed(flags="", place="vaegan.Trainer", new=vaegan.Trainer):
-    """The whole step, with LPIPS, D and the optimisers; perhaps something is replaced in it."""
+def timed(flags, place="vaegan.Trainer", new=vaegan.Trainer):
+    """The whole step, with LPIPS, D and the optimisers; in it what is at `place` is replaced."""
+    assert args.dry or time.time() < START + 0.65 * args.seconds, "no time was left"
     torch.cuda.empty_cache()
-    flags = vaegan.parse(["train", *STEP.split(), *LPIPS.split(), *flags.split()])
+    flags = vaegan.parse(["train", *(STEP + LPIPS + flags).split()])
     del flags["command"]
     cfg = vaegan.Config.of(**flags)
     with patch(place, new):
         run = vaegan.Trainer(cfg, DEVICE)
         shape = (cfg.batch_size, 3, cfg.image_size, cfg.image_size)
-        images = itertools.repeat(torch.randint(256, shape, dtype=torch.uint8, device=DEVICE))
-        run.update(images)  # cuDNN tries its algorithms
+        batches = iter(20 * [torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)])
+        run.update(batches)  # cuDNN tries its algorithms
         if not args.dry:
             torch.cuda.reset_peak_memory_stats()
-        seconds = Timer("run.update(images)", globals=locals()).timeit(UPDATES).mean
+        seconds = Timer("run.update(batches)", globals=locals()).timeit(1 if args.dry else 5).mean
     speed, memory = cfg.batch_size / seconds, torch.cuda.max_memory_allocated() / 2**30
-    return {"images/s": speed, "share of peak": speed * KNOWN["work"] / KNOWN["peak"], "GiB": memory}
+    return {"images/s": speed, "of peak": speed * KNOWN["image"] / KNOWN["peak"], "GiB": memory}
+
+
+def textbook(vae, x, adversary, perceptual, generator, autocast, **options):
+    """generator_step as in latent-diffusion, where D's optimiser runs vae and LPIPS once more."""
+    from test_vaegan import textbook_step
+    perceptual = perceptual or (lambda x, x_hat: (x - x_hat).mean(dim=(1, 2, 3)))
+    with autocast():
+        textbook_step(vae, lambda x_hat: -adversary(x, x_hat), x, perceptual, 1e-6, 0.5, generator)
+        x_hat, _ = vae(x, generator=generator)
+        perceptual(x, x_hat)
+    return x_hat.detach(), {}
+
+
+def diffusers(_, ch, *widths, recompute):
+    """diffusers' autoencoder, with its parts where Trainer looks for them."""
+    from test_vaegan import Diffusers
+    vae = Diffusers(ch)
+    for name, part in vae.vae.named_children():
+        vae.add_module(name, part)
+    return vae
+
+
+def norm_low(x, groups, weight, bias, eps):
+    """Group norm, and so SiLU, in the precision of x, not in fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def train():
+    """The last validation of a run that is interrupted when the time is over."""
+    left, folder = START + args.seconds - 20 - time.time(), args.out / "run"
+    command = f"timeout --foreground --preserve-status -s INT -k 60 {left} {sys.executable} "
+    command += f"{ROOT}/vaegan.py train {RUN}{LPIPS}--data '{args.photos}' --out {folder}"
+    status, output = getstatusoutput(command)
+    getoutput(f"rm {folder}/*.pt")  # they are large
+    assert status in (0, 130), output[-200:]
+    last = json.loads(getoutput(f"grep val_psnr {folder}/log.jsonl | tail -n 1"))
+    return {name: last.get(name) for name in ("step", "val_psnr", "d_acc", "lam")}
+
+
+DTYPES = (torch.double, torch.float, torch.bfloat16, torch.half)
+KEEP, BLOCK = "--no-recompute", vaegan.ResnetBlock.forward
+FLAGS = ("", KEEP, "--batch-size 8", "--batch-size 32", "--precision fp16", "--precision fp32")
+STEPS = {flag: (flag,) for flag in FLAGS} | {
+    "NCHW": ("", "torch.channels_last", torch.contiguous_format),
+    "textbook": (KEEP, "vaegan.generator_step", textbook),
+    "diffusers": (KEEP, "vaegan.AutoencoderKL", diffusers),
+    "norm in bf16": ("", "torch.nn.functional.group_norm", norm_low),
+    "transposed": ("", "vaegan.upsample", lambda c: torch.nn.ConvTranspose2d(c, c, 4, 2, 1)),
+    "compiled": (KEEP, "vaegan.ResnetBlock.forward", torch.compile(BLOCK, dynamic=False)),
+}
+table("machine", {"here": machine})
+table("one step", {str(dtype): partial(one_step, dtype) for dtype in DTYPES})
+table("whole step", {name or "base": partial(timed, *step) for name, step in STEPS.items()})
+table("run", {"sd": train})
+sys.exit(args.dry and any("failed" in row for row in ROWS))
