@@ -436,10 +436,10 @@ def test_high_frequency_energy_is_what_lies_above_half_of_nyquist(cycles, share)
 
 
 def test_images_of_every_kind_become_upright_rgb_squares(tmp_path):
-    grey16 = torch.full((36, 40), 100 * 257, dtype=torch.int32).numpy().astype("uint16")
+    grey16 = torch.full((36, 40), 100 * 257, dtype=torch.int32).numpy()
     palette = Image.new("P", (40, 36), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
-    Image.fromarray(grey16).save(tmp_path / "a.png")
+    Image.fromarray(grey16.astype("uint16")).save(tmp_path / "a.png")
     Image.fromarray(grey16).save(tmp_path / "b.pgm")
     palette.save(tmp_path / "c.png")
     Image.new("RGB", (3, 1000), (1, 2, 3)).save(tmp_path / "d_UPPER.TIFF")  # is enlarged
