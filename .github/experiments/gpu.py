@@ -1,25 +1,24 @@
 """vaegan.py on a GPU: how exact, how fast, what would be faster, and a run. A failure is a row.
-
     python .github/experiments/gpu.py PHOTOS [--seconds 420] [--out run/gpu]
     python .github/experiments/gpu.py --dry                  all of it on a CPU, with tiny networks
-"""
+It wants the packages of the tests, and without a network a TORCH_HOME with LPIPS' SqueezeNet."""
 
 import argparse
 import json
 import sys
 import time
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from subprocess import getoutput, getstatusoutput
 from unittest.mock import patch
 
 import torch
+from tables import read_log  # before vaegan: it puts the root on sys.path
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import vaegan  # noqa: E402, it lies in the repository's root
+import vaegan
 
 parser = argparse.ArgumentParser()
 parser.add_argument("photos", nargs="?", default="", help="folder of images; none: dead leaves")
@@ -28,7 +27,6 @@ parser.add_argument("--out", type=Path, default=Path("run/gpu"))
 parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny networks")
 args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
-
 START, DEVICE = time.time(), vaegan.launch("cpu" if args.dry else "cuda")
 STEP = "--preset sd --precision bf16 --batch-size 16 --disc-start 0 --disc-lead 0 --disc-ramp 0 "
 RUN = "--preset sd --sample-every 200 --disc-start 400 --disc-lead 100 --disc-ramp 200 "
@@ -41,25 +39,21 @@ try:
 except ImportError as error:
     print(f"Without LPIPS: {error}")
     LPIPS = "--perceptual-weight 0 "
-ROWS, KNOWN = [], {}  # all rows; what one measures for others
+ROWS, KNOWN = [], dict(peak=torch.nan, image=torch.nan)  # what a row measures for others
 
 
 def table(title, rows):
-    """Measure, print and save rows, {name: function}."""
-    columns = []
+    """Measure, save and print rows, {name: function}."""
+    print(f"\n| {title} | found |\n|---|---|")
     for name, measure in rows.items():
-        row = {title: name}
         try:
-            row |= measure()
-        except Exception as error:
-            row["failed"] = repr(error)[:300]
-        ROWS.append(row)
+            found = measure()
+        except BaseException as error:  # pytest's skip is no Exception
+            found = dict(failed=repr(error)[:300])
+        ROWS.append({title: name} | found)
         (args.out / "gpu.json").write_text(json.dumps(ROWS, indent=1))
-        if columns != list(row):
-            columns = list(row)
-            print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        texts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()]
+        print(f"| {name} | {', '.join(texts)} |", flush=True)
 
 
 def machine():
@@ -71,39 +65,35 @@ def machine():
         vaegan.AutoencoderKL()(torch.zeros(1, 3, 256, 256))[0].sum().backward()
     KNOWN.update(peak=2 * n**3 / seconds / 1e12, image=counter.get_total_flops() / 1e12)
     card = getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
-    tests = getoutput(f"{sys.executable} -m pytest -q -k gpu {ROOT}/test_vaegan.py")
+    tests = getoutput(f"timeout 99 {sys.executable} -m pytest -qk gpu {Path(__file__).parents[2]}")
     return dict(card=card, torch=torch.__version__, **KNOWN, tests=tests.split("\n")[-1])
 
 
-def one_step(dtype):
+def one_step(precision):
     """Terms of a step of small networks: in fp64 on the CPU, else errors relative to these."""
-    import test_vaegan as t
-    is_low = dtype.itemsize == 2
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = is_low
-    autocast = partial(torch.autocast, DEVICE.type, dtype, enabled=is_low)
+    t = import_module("test_vaegan")  # here, that a row says why it is not there
+    low = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
+    autocast = partial(torch.autocast, DEVICE.type, low, enabled=low is not None)
     options = dict(autocast=autocast, scale=1024.0)  # for fp16
-    like = dict(dtype=dtype) if dtype == torch.double else dict(device=DEVICE)
+    like = dict(dtype=torch.double) if precision == "fp64" else dict(device=DEVICE)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     t.SMALL["ch"] = 32
-    vae, disc = [net.to(**like) for net in t.small_nets()]
+    vae, disc, x = [thing.to(**like) for thing in (*t.small_nets(), t.images(2, 64))]
     t.quiet_posterior(vae)
-    x = t.images(2, 64).to(**like)
     gan = dict(adversary=lambda x, x_hat: -disc(x_hat).mean(), lambda_max=torch.inf)
     x_hat, terms = vaegan.generator_step(vae, x, **gan, **options)
     terms |= vaegan.discriminator_step(disc, x, x_hat, **options)
     terms.update(grad_vae=t.gradients(vae).norm(), grad_disc=t.gradients(disc).norm())
-    names = ("rec_loss", "g_loss", "d_loss", "lam", "grad_vae", "grad_disc")
-    found = {name: terms[name].item() for name in names}
+    found = {n: float(terms[n]) for n in ("rec_loss", "d_loss", "lam", "grad_vae", "grad_disc")}
     exact = KNOWN.setdefault("fp64", found)
-    return found if found is exact else {name: found[name] / exact[name] - 1 for name in names}
+    return found if found is exact else {n: found[n] / exact[n] - 1 for n in found}
 
 
 def timed(flags, place="vaegan.Trainer", new=vaegan.Trainer):
     """The whole step, with LPIPS, D and the optimisers; in it what is at `place` is replaced."""
     assert args.dry or time.time() < START + 0.65 * args.seconds, "no time was left"
-    torch.cuda.empty_cache()
     flags = vaegan.parse(["train", *(STEP + LPIPS + flags).split()])
-    del flags["command"]
-    cfg = vaegan.Config.of(**flags)
+    cfg = vaegan.Config.of(**{name: flags[name] for name in flags if name != "command"})
     with patch(place, new):
         run = vaegan.Trainer(cfg, DEVICE)
         shape = (cfg.batch_size, 3, cfg.image_size, cfg.image_size)
@@ -118,19 +108,18 @@ def timed(flags, place="vaegan.Trainer", new=vaegan.Trainer):
 
 def textbook(vae, x, adversary, perceptual, generator, autocast, **options):
     """generator_step as in latent-diffusion, where D's optimiser runs vae and LPIPS once more."""
-    from test_vaegan import textbook_step
-    perceptual = perceptual or (lambda x, x_hat: (x - x_hat).mean(dim=(1, 2, 3)))
+    step = import_module("test_vaegan").textbook_step
+    lpips = perceptual or (lambda x, x_hat: (x - x_hat).mean(dim=(1, 2, 3)))
     with autocast():
-        textbook_step(vae, lambda x_hat: -adversary(x, x_hat), x, perceptual, 1e-6, 0.5, generator)
+        step(vae, lambda x_hat: -adversary(x, x_hat), x, lpips, 1e-6, 0.5, generator)
         x_hat, _ = vae(x, generator=generator)
-        perceptual(x, x_hat)
+        lpips(x, x_hat)
     return x_hat.detach(), {}
 
 
 def diffusers(_, ch, *widths, recompute):
     """diffusers' autoencoder, with its parts where Trainer looks for them."""
-    from test_vaegan import Diffusers
-    vae = Diffusers(ch)
+    vae = import_module("test_vaegan").Diffusers(ch)
     for name, part in vae.vae.named_children():
         vae.add_module(name, part)
     return vae
@@ -144,17 +133,16 @@ def norm_low(x, groups, weight, bias, eps):
 
 def train():
     """The last validation of a run that is interrupted when the time is over."""
-    left, folder = START + args.seconds - 20 - time.time(), args.out / "run"
+    left = START + args.seconds - 20 - time.time()
     command = f"timeout --foreground --preserve-status -s INT -k 60 {left} {sys.executable} "
-    command += f"{ROOT}/vaegan.py train {RUN}{LPIPS}--data '{args.photos}' --out {folder}"
+    command += f"{vaegan.__file__} train {RUN}{LPIPS}--data '{args.photos}' --out {args.out}/run"
     status, output = getstatusoutput(command)
-    getoutput(f"rm {folder}/*.pt")  # they are large
+    getoutput(f"rm {args.out}/run/*.pt")  # they are large
     assert status in (0, 130), output[-200:]
-    last = json.loads(getoutput(f"grep val_psnr {folder}/log.jsonl | tail -n 1"))
+    last = [record for record in read_log(args.out / "run") if "val_psnr" in record][-1]
     return {name: last.get(name) for name in ("step", "val_psnr", "d_acc", "lam")}
 
 
-DTYPES = (torch.double, torch.float, torch.bfloat16, torch.half)
 KEEP, BLOCK = "--no-recompute", vaegan.ResnetBlock.forward
 FLAGS = ("", KEEP, "--batch-size 8", "--batch-size 32", "--precision fp16", "--precision fp32")
 STEPS = {flag: (flag,) for flag in FLAGS} | {
@@ -166,7 +154,7 @@ STEPS = {flag: (flag,) for flag in FLAGS} | {
     "compiled": (KEEP, "vaegan.ResnetBlock.forward", torch.compile(BLOCK, dynamic=False)),
 }
 table("machine", {"here": machine})
-table("one step", {str(dtype): partial(one_step, dtype) for dtype in DTYPES})
+table("one step", {name: partial(one_step, name) for name in ("fp64", "fp32", "bf16", "fp16")})
 table("whole step", {name or "base": partial(timed, *step) for name, step in STEPS.items()})
 table("run", {"sd": train})
 sys.exit(args.dry and any("failed" in row for row in ROWS))
