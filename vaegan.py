@@ -161,9 +161,10 @@ class Config:
             tiny = {f.name: f.metadata["tiny"] for f in fields(cls)}
             values = {name: value for name, value in tiny.items() if value is not None}
         if flags.get("init"):
-            place = {name: flags[name] for name in ("data", "out") if name in flags}
-            # A run that has a save takes all from there, so the file may be gone.
-            file = newest_save(cls(preset=preset, **place).folder) or flags["init"]
+            file = flags["init"]
+            if not Path(file).exists():  # then the save of a run that continues holds all of it
+                place = {name: flags[name] for name in ("data", "out") if name in flags}
+                file = newest_save(cls(preset=preset, **place).folder) or file
             widths = load_autoencoder(file)[0].widths
             values.update(widths, disc_start="0")  # a trained reconstruction has saturated
         cfg = cls(**{**values, **flags, "preset": preset})
@@ -1013,7 +1014,8 @@ class Trainer:
         # Networks.
         torch.manual_seed(cfg.seed)
         if cfg.init:
-            self.vae, _ = load_autoencoder(newest_save(self.folder) or cfg.init, cfg.recompute)
+            file = cfg.init if Path(cfg.init).exists() else newest_save(self.folder) or cfg.init
+            self.vae, _ = load_autoencoder(file, cfg.recompute)
         else:
             widths = (cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels)
             self.vae = AutoencoderKL(3, *widths, recompute=cfg.recompute)
