@@ -939,7 +939,7 @@ def generator_step(
         image_grad = image_grad + w * adv_grad
         terms.update(g_loss=adv_loss, w=w, grad_ratio=w * adv_last.norm() / rec_last.norm())
 
-    # With g the losses' gradient at x̂, that at the parameters is (∂x̂/∂θ)ᵀ·g: the gradient of Σ x̂·g.
+    # With g the gradient of the losses at x̂, that at the parameters is (∂x̂/∂θ)ᵀ·g: of Σ x̂·g.
     # In one call: with two, DDP would average after the first and leave out the second.
     kl_loss = scale * kl_weight * kl / x[0].numel()
     ((x_hat * image_grad).sum() + kl_loss).backward()
