@@ -466,7 +466,7 @@ class Perceptual(nn.Module):
             self.lpips = lpips.LPIPS(net=net, verbose=False).requires_grad_(False).eval()
         except Exception as error:  # no package, no network, a torn file, …
             place = f"{torch.hub.get_dir()}/checkpoints"
-            way_out = f"put it into {place}, or take --perceptual-weight 0"
+            way_out = f"put it into {place}, or train with --perceptual-weight 0"
             raise ImportError(f"LPIPS net {net}: {error}; {way_out}") from None
 
     def train(self, mode=True):
@@ -584,12 +584,12 @@ class CollapseMonitor:
     Needs: CollapseError, high_frequency_energy."""
 
     SIGNS = {  # sign: limit, what is measured, remedy
-        "domination": (3.0, "gradient of GAN / reconstruction", "--adaptive, less --disc-weight"),
-        "spike": (5.0, "decoder's gradient norm in deviations", "less --lr or --disc-weight"),
-        "rebound": (3.5, "dB of the reconstruction above its best", "less --lr or --disc-weight"),
-        "z_ignored": (0.95, "error with own z / another's", "less --disc-weight or --kl-weight"),
-        "noise": (0.75, "1 - correlation of x̂ with x", "less --disc-weight or --lr"),
-        "kl_gone": (10.0, "peak of the KL / now", "less --kl-weight"),
+        "domination": (3.0, "gradient of GAN / reconstruction", "--adaptive, lower --disc-weight"),
+        "spike": (5.0, "decoder's gradient norm in deviations", "lower --lr or --disc-weight"),
+        "rebound": (3.5, "dB of the reconstruction above its best", "lower --lr or --disc-weight"),
+        "z_ignored": (0.95, "error with own z / another's", "lower --disc-weight or --kl-weight"),
+        "noise": (0.75, "1 - correlation of x̂ with x", "lower --disc-weight or --lr"),
+        "kl_gone": (10.0, "peak of the KL / now", "lower --kl-weight"),
     }
     CAUSES = ("domination", "spike")
     DAMAGE = ("rebound", "z_ignored", "noise", "kl_gone")
@@ -636,7 +636,7 @@ class CollapseMonitor:
         broken = [name for name, value in terms.items() if not math.isfinite(value)]
         if broken:
             cause = f"overflow of {', '.join(broken)}; all terms: {terms}"
-            remedy = "less --lr, or --precision fp32"
+            remedy = "lower --lr, or --precision fp32"
             raise CollapseError(step, "non_finite", len(broken), 0, cause, remedy)
         self.measure(terms)
         over = {sign: v for sign, v in self.values.items() if v > self.limits[sign]}
@@ -765,6 +765,8 @@ class ImageFolder(Dataset):
         left_out = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # programs, films, data
         self.formats = sorted(set(Image.OPEN) & (set(kinds.values()) - left_out))
         suffixes = tuple(suffix for suffix, kind in kinds.items() if kind in self.formats)
+        if not os.path.isdir(root):
+            raise UsageError(f"{root}: no such folder")
         self.files = find_images(root, suffixes)
         if not self.files:
             raise UsageError(f"{root}: no image here or below, with one of {' '.join(suffixes)}")
@@ -1181,8 +1183,10 @@ class Trainer:
             os.replace(previous, last)
         report = dict(vars(error), signs=self.monitor.values, limits=self.monitor.limits)
         write_whole(self.folder / "collapse.json", json.dumps(report, indent=1).encode())
-        before = load_autoencoder(last)[0].to(self.device)
+        before, saved = load_autoencoder(last)
+        before.to(self.device)
         save_grid(self.folder / "collapse.png", self.val_set, self.device, before, self.vae)
+        tqdm.write(f"{last} is that of step {saved['step']}, from which the remedy's flags go on")
 
     PARTS = ("vae", "disc", "opt_vae", "opt_disc", "scaler", "warm_up", "monitor")
 
@@ -1220,7 +1224,8 @@ class Trainer:
             for name in ("data", "init"):
                 before, now = saved["config"][name], getattr(self.cfg, name)
                 if Path(before).resolve() != Path(now).resolve():
-                    raise UsageError(f"{file} is of --{name} {before}; give this run its own --out")
+                    was = f"--{name} {before}" if before else f"no --{name}"
+                    raise UsageError(f"{file} is a run with {was}; give this one its own --out")
             try:
                 self.load_state_dict(saved)
             except Exception as error:  # whatever does not fit
@@ -1387,8 +1392,9 @@ def read_file(path):
     except pickle.UnpicklingError:  # whose text advises to run the code
         reason = "it is torn, or has code beside the weights as Lightning's have"
     except Exception as error:  # whatever stands in the file
-        reason = str(error)[:200]
-    raise UsageError(f"{path} cannot be read: {reason}; give the autoencoder's .safetensors")
+        reason = f"{type(error).__name__} {error}"[:200]
+    way_out = "give a .safetensors; if it is a run's last.pt, move it away for previous.pt"
+    raise UsageError(f"{path} cannot be read: {reason}; {way_out}")
 
 
 DIFFUSERS = (  # a pattern in the names of others, what CompVis writes there
@@ -1514,7 +1520,8 @@ def parse(argv):
     options = dict(usage=argparse.SUPPRESS, allow_abbrev=False)  # so that an error is one line
     parser = argparse.ArgumentParser("vaegan.py", description=__doc__.splitlines()[0], **options)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("train", help="train, or continue, on a folder of images", **options)
+    text = "train, or continue, on a folder of images"
+    sub = commands.add_parser("train", prog="vaegan.py train", help=text, **options)
     for f in fields(Config):
         about = f.metadata
         text = about["help"]
@@ -1529,7 +1536,8 @@ def parse(argv):
             kind = dict(type=int, nargs="+")
         flag = "--" + f.name.replace("_", "-")
         sub.add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
-    sub = commands.add_parser("eval", help="measure autoencoders on images", **options)
+    text = "measure autoencoders on images"
+    sub = commands.add_parser("eval", prog="vaegan.py eval", help=text, **options)
     add = sub.add_argument
     add("--checkpoint", required=True, nargs="+", metavar="FILE", help="any file that --init takes")
     add("--data", default="", metavar="DIR", help="folder of images, all of them; none: leaves")
