@@ -504,6 +504,8 @@ def test_training_crops_are_a_function_of_seed_and_index_whatever_the_workers(tm
 @each("n, held_out", [(41, 3), (20, 1), (2, 1)])
 def test_every_20th_file_is_held_out_and_nothing_is_in_both_sets(tmp_path, n, held_out):
     write_photos(tmp_path / "a", n - 1)
+    if n == 20:
+        (tmp_path / "a/00.jpg").write_bytes(b"broken")  # which would be all that is held out
     write_photos(tmp_path / "b/deeper", 1)
     sets = [vaegan.ImageFolder(tmp_path, 32, kind, hold_out=20) for kind in (True, False)]
     assert [len(data) for data in sets] == [n - held_out, held_out]
@@ -1023,7 +1025,8 @@ class Hostile:
 
 
 BAD = """--data nowhere|--data empty|--image-size 33|--image-size 24|--steps 15|--batch-size 0
---save-every 7|--disc-start soon|--nonsense|--lr nan|--preset huge|--perceptual-net resnet
+--save-every 7|--disc-start soon|--lr inf|--init nan.pt|--nonsense|--lr nan|--preset huge
+--perceptual-net resnet
 --precision fp8|--perceptual-weight 1|--freeze-encoder|--init nowhere.pt|--init foreign.pt
 --init hostile.pt|--init torn.safetensors|--init flux2.pt|--init good.pt --ch 16|--device cuda
 --data photos --val photos/val|--data photos/train --val photos|--data photos --out photos
@@ -1040,6 +1043,7 @@ def test_bad_input_is_status_2_in_one_line(tmp_path, monkeypatch, capsys, flags)
     torch.save(state, "good.pt")
     torch.save(state | {"bn.running_mean": torch.zeros(4)}, "flux2.pt")
     torch.save(dict(unet=torch.zeros(3)), "foreign.pt")
+    torch.save({name: weight * math.nan for name, weight in state.items()}, "nan.pt")
     torch.save(dict(state_dict=state, more=Hostile()), "hostile.pt")
     Path("torn.safetensors").write_bytes(b"torn")
     Path("empty").mkdir()

@@ -58,7 +58,7 @@ class UsageError(ValueError):
     """Bad input, in one line that names the flag or file and the way out; exit status 2."""
 
 
-def arg(default, help, tiny=None, least=0, most=math.inf, choices=None):
+def arg(default, help, tiny=None, least=0, most=1e9, choices=None):
     """A field of Config that is also a flag. tiny: its default in preset tiny, if it differs."""
     limits = dict(least=least, most=most, choices=choices)
     return field(default=default, metadata=dict(limits, help=help, tiny=tiny))
@@ -101,7 +101,7 @@ class Config:
     clip: float = arg(1.0, "largest gradient norm of encoder, decoder, D; 0: no clipping")
     ema: float = arg(0.999, "decay of averaged weights; 0: no averaging", tiny=0.98, most=0.9999)
     accumulate: int = arg(1, "batches an update", least=1)
-    seed: int = arg(0, "of weights, crops and noise")
+    seed: int = arg(0, "of weights, crops and noise", most=2**62)
     device: str = arg("auto", "to train on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = arg("auto", "of the networks", choices=("auto", "fp32", "bf16", "fp16"))
     recompute: bool = arg(True, "half of the memory for a few percent of the time", tiny=False)
@@ -125,7 +125,7 @@ class Config:
         for name in ("steps", "sample_every", "save_every"):
             if getattr(self, name) % 10 > 0:
                 self.refuse(name, "must be a multiple of 10, as a record is made every 10 steps")
-        if self.disc_start != "plateau" and not self.disc_start.isdigit():
+        if self.disc_start != "plateau" and not self.disc_start.isdecimal():
             self.refuse("disc_start", "must be a step or the word plateau")
         data, val, out = [Path(folder).resolve() for folder in (self.data, self.val, self.out)]
         if self.data and self.val and (data.is_relative_to(val) or val.is_relative_to(data)):
@@ -695,7 +695,7 @@ class CollapseMonitor:
         if corr and has_picture:
             signs["noise"] = 1 - statistics.median(corr)
         if other_z and has_picture:
-            signs["z_ignored"] = 1 / statistics.median(other_z)
+            signs["z_ignored"] = 1 / max(statistics.median(other_z), 1e-12)
 
         if "kl_dim" in record:
             self.peak_kl = max(self.peak_kl, min(record["kl_dim"], 1.0))
@@ -771,7 +771,9 @@ class ImageFolder(Dataset):
         if not self.files:
             raise UsageError(f"{root}: no image here or below, with one of {' '.join(suffixes)}")
         if hold_out and len(self.files) > 1:
-            held_out = self.files[::hold_out]
+            # From the first whole file on, or all that is held out might be one broken file.
+            first = next(filter(self.is_whole, range(len(self.files))), 0)
+            held_out = self.files[first::hold_out]
             self.files = sorted(set(self.files) - set(held_out)) if train else held_out
         self.reported = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # by workers
         self.epoch, self.order = None, None  # the newest shuffled pass
@@ -799,6 +801,12 @@ class ImageFolder(Dataset):
         image = self.decode_or_replace(self.order[k], generator)
         pixels = self.crop(image, (1 + size) / 2, left, top)
         return pixels.flip(2) if flip < 0.5 else pixels
+
+    def is_whole(self, k):
+        """Whether file k can be decoded."""
+        with contextlib.suppress(Exception):
+            return self.decode(self.files[k]) is not None
+        return False
 
     def decode_or_replace(self, k, generator):
         """The image of file k, or where that is broken another one."""
@@ -848,6 +856,8 @@ class DeadLeaves(Dataset):
 
     def __getitem__(self, i):
         """Image i, drawn twice as large."""
+        if i >= self.length:
+            raise IndexError(i)
         side = 2 * self.size
         r_min, r_max = 6.0, side / 2
         area = 2 * math.pi * r_min**2 * math.log(r_max / r_min)  # of a disc, on average
@@ -1006,7 +1016,8 @@ class Trainer:
 
         # Data.
         size, hold_out = cfg.image_size, 0 if cfg.val else 20
-        self.train_set, val_set = DeadLeaves(size, cfg.seed), DeadLeaves(size, cfg.seed + 1, 64)
+        self.train_set = DeadLeaves(size, cfg.seed, length=10**9)
+        val_set = DeadLeaves(size, cfg.seed + 1, length=64)
         if cfg.data:
             self.train_set = ImageFolder(cfg.data, size, True, cfg.seed, hold_out)
         if cfg.val or cfg.data:
@@ -1209,7 +1220,10 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = lr
         self.ema.load_state_dict(saved["state_dict"])
-        self.step, self.best = saved["step"], training["best"]
+        self.step = saved["step"]
+        judged_by = ("perceptual_weight", "perceptual_net", "image_size")
+        if all(saved["config"][name] == getattr(self.cfg, name) for name in judged_by):
+            self.best = training["best"]  # else the scores do not compare
         self.latents = {name: saved[name] for name in self.latents}
 
     def begin_or_continue(self):
@@ -1221,9 +1235,9 @@ class Trainer:
             if saved.get("version") != VERSION:
                 way_out = f"take --init {self.folder / 'best.pt'} and another --out"
                 raise UsageError(f"{file} is of another edition of vaegan.py; {way_out}")
-            for name in ("data", "init"):
+            for name in ("data", "val", "init"):
                 before, now = saved["config"][name], getattr(self.cfg, name)
-                if Path(before).resolve() != Path(now).resolve():
+                if Path(before).resolve() != Path(now).resolve() or bool(before) != bool(now):
                     was = f"--{name} {before}" if before else f"no --{name}"
                     raise UsageError(f"{file} is a run with {was}; give this one its own --out")
             try:
@@ -1448,6 +1462,8 @@ def load_autoencoder(path, recompute=False):
         quant_conv = "quant_conv.weight" in state
         vae = AutoencoderKL(3, ch, ch_mult, len(blocks), z_channels, quant_conv, recompute)
         vae.load_state_dict(state)
+        if not all(weight.isfinite().all() for weight in state.values()):
+            raise ValueError("its weights are not finite")
     except Exception as error:  # whatever the file holds
         reason = str(error)[:200]
         way_out = "give Stable Diffusion's, or a checkpoint of vaegan.py"
@@ -1555,7 +1571,8 @@ def eval_command(checkpoint, data, image_size, perceptual_net, save, device):
         vae, content = load_autoencoder(path)
         vaes.append(vae)
         steps.append(content.get("step", "–"))
-        image_size = image_size or content.get("config", {}).get("image_size", 0)
+        if content.get("version") == VERSION:
+            image_size = image_size or content["config"]["image_size"]
     image_size = image_size or 256
     for vae in vaes:
         Config(image_size=image_size, ch_mult=vae.widths["ch_mult"], device=device)  # or refuse
@@ -1596,12 +1613,12 @@ def main(argv=None, trainer=Trainer):
         status, text = 2, error
     except CollapseError as error:
         status, text = 3, error
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         status, text = 1, f"{type(error).__name__}: {error}"
-    except RuntimeError as error:
-        if "closed by peer" not in str(error):  # by another rank that has failed
+    except RuntimeError as error:  # another rank has ended, or a CPU is out of memory
+        if not re.search("by peer|can't allocate memory", str(error)):
             raise
-        status, text = 1, "another process has ended"
+        status, text = 1, error
     except KeyboardInterrupt as error:
         number, text = error.args or (signal.SIGINT, "interrupted")
         status = 128 + number
