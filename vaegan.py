@@ -1262,7 +1262,8 @@ def train(cfg, signals=(), trainer=Trainer):
     Raises UsageError before it writes anything, CollapseError after a report, and after a save
     KeyboardInterrupt(number, text), once `signals` has the number of a signal."""
     run = trainer(cfg, launch(cfg.device))
-    tqdm.write(f"preset {cfg.preset} on {run.device}, {len(run.train_set)} images to {run.folder}")
+    images = f"{len(run.train_set)} images" if cfg.data else "dead leaves"
+    tqdm.write(f"preset {cfg.preset} on {run.device}, {images} to {run.folder}")
     run.begin_or_continue()
     bar = tqdm(total=cfg.steps, initial=run.step, disable=RANK > 0, dynamic_ncols=True)
     with contextlib.closing(run.batches()) as batches, bar:
