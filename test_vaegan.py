@@ -1,6 +1,6 @@
 """Tests of vaegan.py. Each is named as the claim that it checks, against an independent oracle.
 
-pytest test_vaegan.py                                 a minute on a CPU; no network, no data
+pytest test_vaegan.py                                 90 s on two cores; no network, no data
 python test_vaegan.py bench [CH SIZE BATCH ROUNDS]    the textbook step beside vaegan.py's
 """
 

@@ -1402,13 +1402,14 @@ def save_grid(path, dataset, device, *autoencoders):
 
 def read_file(path):
     """-> the tensors and plain values of a .safetensors file or one of torch.save; never code."""
-    is_safetensors = str(path).endswith(".safetensors")
-    if is_safetensors:
-        from safetensors.torch import load_file  # or ImportError: pip install safetensors
     try:
-        if is_safetensors:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except ImportError:  # its text names safetensors, which is to be installed
+        raise
     except pickle.UnpicklingError:  # whose text advises to run the code
         reason = "it is torn, or has code beside the weights as Lightning's have"
     except Exception as error:  # whatever stands in the file
