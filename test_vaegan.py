@@ -373,7 +373,8 @@ QUIET = {  # what a healthy run may do
     "a bad batch": [(50, {}), (1, dict(l2=1.8, rec_loss=1.4, grad_norm_dec=2, corr=0.1)), (50, {})],
     "texture that costs PSNR alone": [(60, {}), (99, dict(l2=1.9))],
     "no picture yet": [(30, dict(corr=0.01, other_z=0.4))],
-    "images that are alike": [(60, dict(other_z=0.4, batch_spread=0.1))],
+    "a batch of equal images": [(50, {}), (1, dict(other_z=0.4, batch_spread=1e-4)), (50, {})],
+    "images that are all alike": [(60, dict(other_z=0.4, batch_spread=0.1))],
 }
 
 
@@ -382,6 +383,11 @@ QUIET = {  # what a healthy run may do
 def test_the_monitor_is_silent_on(name, seed):
     monitor, error = watch(*QUIET[name], seed=seed)
     assert error is None and monitor.over == 6 * [{}]
+
+
+def test_images_that_become_alike_count_for_a_collapse():
+    _, error = watch((60, {}), (4, dict(other_z=0.2, batch_spread=1e-4)))
+    assert error.sign == "z_ignored"
 
 
 @each("later, stops", [(1, True), (5, True), (6, False)])

@@ -659,10 +659,11 @@ class CollapseMonitor:
     def measure(self, terms):
         """Set self.values from a record and the 20 before it, for the signs with terms."""
         record, signs = dict(terms), {}
-        if record.get("batch_spread", 1.0) < 0.1:  # too alike to compare; photographs: 0.34 to 0.54
-            record.pop("other_z", None)
         self.history = [*self.history, record][-21:]
         self.count += 1
+        spreads = self.recent("batch_spread", 21)
+        if spreads and statistics.median(spreads) < 0.1:  # photographs: 0.34 to 0.54
+            record.pop("other_z", None)  # of images that are all alike it says nothing
         if "grad_ratio" in record:
             signs["domination"] = record["grad_ratio"]
 
