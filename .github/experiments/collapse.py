@@ -5,7 +5,9 @@
 Preset tiny, 32 px, 500 steps, the GAN at full weight from step 300 on; two runs at a time, with a
 thread each. A provoked run has flags that may ruin it, or an event at step 300. It is ruined once
 its averaged weights, on 16 held-out crops, are more than 3 dB below their best, or from step 200 on
-reconstruct an image from another image's z as well as from its own, or a term is not finite.
+reconstruct an image from another image's z as well as from its own, or a term is not finite. It is
+saturated where the share of values outside [-1, 1] is 0.2 above the images', and rings where their
+energy above half of Nyquist is three times the images'.
 """
 
 import argparse
@@ -112,6 +114,10 @@ def train(row, data, seed):
             terms = dict(self.monitor.over[-1])
             if psnr < self.best[1] - 3 or (ignores_z and self.step >= 200):
                 terms["ruined"] = True
+            if look["saturation"] > 0.2:
+                terms["saturated"] = True
+            if look["high_freq"] > 3:
+                terms["rings"] = True
             if self.step == 300 and event:
                 event[0](self, event[1])
             return terms
@@ -155,7 +161,7 @@ def main():
     print(f"\nHealthy runs stopped: {len(stopped)} of {number}.")
     print(f"Ruined runs not stopped within 50 steps: {len(missed)} of {len(ruined)}.\n")
     print("| sign | ruined runs with it | median of steps from the ruin to it |\n|---|---|---|")
-    for sign in signs:
+    for sign in [*signs, "saturated", "rings"]:
         delays = [steps[sign] - steps["ruined"] for steps in ruined if sign in steps]
         median = f"{statistics.median(delays):+g}" if delays else "–"
         print(f"| {sign} | {len(delays)} | {median} |")
