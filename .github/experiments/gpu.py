@@ -1,6 +1,6 @@
 """vaegan.py on a GPU: how exact, how fast, what would be faster, and a run. A failure is a row.
-    python .github/experiments/gpu.py PHOTOS [--seconds 420] [--out run/gpu]
-    python .github/experiments/gpu.py --dry                  all of it on a CPU, with tiny networks
+    python .github/experiments/gpu.py PHOTOS [--seconds 420]   results are in run/gpu
+    python .github/experiments/gpu.py --dry                    all of it on a CPU, networks tiny
 It wants the packages of the tests, and without a network a TORCH_HOME with LPIPS' SqueezeNet."""
 
 import argparse
@@ -23,22 +23,16 @@ import vaegan
 parser = argparse.ArgumentParser()
 parser.add_argument("photos", nargs="?", default="", help="folder of images; none: dead leaves")
 parser.add_argument("--seconds", type=float, default=420, help="for all of it")
-parser.add_argument("--out", type=Path, default=Path("run/gpu"))
 parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny networks")
 args = parser.parse_args()
-args.out.mkdir(parents=True, exist_ok=True)
+OUT = Path("run/gpu")
+OUT.mkdir(parents=True, exist_ok=True)
 START, DEVICE = time.time(), vaegan.launch("cpu" if args.dry else "cuda")
 STEP = "--preset sd --precision bf16 --batch-size 16 --disc-start 0 --disc-lead 0 --disc-ramp 0 "
-RUN = "--preset sd --sample-every 200 --disc-start 400 --disc-lead 100 --disc-ramp 200 "
+RUN = "--perceptual-net squeeze --sample-every 200 --disc-start 400 --disc-lead 100 --disc-ramp 200"
 if args.dry:
-    STEP += "--ch 32 --ndf 8 --image-size 32 --batch-size 2 "
-    RUN = "--preset tiny --device cpu --steps 10 --sample-every 10 --disc-start 0 --disc-lead 0 "
-LPIPS = "--perceptual-net squeeze --perceptual-weight 1 "
-try:
-    vaegan.Perceptual("squeeze")
-except ImportError as error:
-    print(f"Without LPIPS: {error}")
-    LPIPS = "--perceptual-weight 0 "
+    STEP += "--ch 32 --ndf 8 --image-size 32 --batch-size 2 --perceptual-weight 0 "
+    RUN = "--preset tiny --device cpu --steps 10 --sample-every 10 --disc-start 0 --disc-lead 0"
 ROWS, KNOWN = [], dict(peak=torch.nan, image=torch.nan)  # what a row measures for others
 
 
@@ -51,7 +45,7 @@ def table(title, rows):
         except BaseException as error:  # pytest's skip is no Exception
             found = dict(failed=repr(error)[:300])
         ROWS.append({title: name} | found)
-        (args.out / "gpu.json").write_text(json.dumps(ROWS, indent=1))
+        (OUT / "gpu.json").write_text(json.dumps(ROWS, indent=1))
         texts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()]
         print(f"| {name} | {', '.join(texts)} |", flush=True)
 
@@ -92,7 +86,7 @@ def one_step(precision):
 def timed(flags, place="vaegan.Trainer", new=vaegan.Trainer):
     """The whole step, with LPIPS, D and the optimisers; in it what is at `place` is replaced."""
     assert args.dry or time.time() < START + 0.65 * args.seconds, "no time was left"
-    flags = vaegan.parse(["train", *(STEP + LPIPS + flags).split()])
+    flags = vaegan.parse(["train", "--perceptual-net=squeeze", *(STEP + flags).split()])
     cfg = vaegan.Config.of(**{name: flags[name] for name in flags if name != "command"})
     with patch(place, new):
         run = vaegan.Trainer(cfg, DEVICE)
@@ -135,11 +129,10 @@ def train():
     """The last validation of a run that is interrupted when the time is over."""
     left = START + args.seconds - 20 - time.time()
     command = f"timeout --foreground --preserve-status -s INT -k 60 {left} {sys.executable} "
-    command += f"{vaegan.__file__} train {RUN}{LPIPS}--data '{args.photos}' --out {args.out}/run"
+    command += f"{vaegan.__file__} train {RUN} --data '{args.photos}' --out {OUT}/run"
     status, output = getstatusoutput(command)
-    getoutput(f"rm {args.out}/run/*.pt")  # they are large
     assert status in (0, 130), output[-200:]
-    last = [record for record in read_log(args.out / "run") if "val_psnr" in record][-1]
+    last = [record for record in read_log(OUT / "run") if "val_psnr" in record][-1]
     return {name: last.get(name) for name in ("step", "val_psnr", "d_acc", "lam")}
 
 
