@@ -34,6 +34,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -903,7 +904,7 @@ def generator_step(
     weight=0.5,
     adaptive=True,
     lambda_max=0.05,
-    autocast=contextlib.nullcontext,
+    autocast=nullcontext,
     scale=1.0,
     generator=None,
 ):
@@ -959,15 +960,7 @@ def generator_step(
 
 
 def discriminator_step(
-    disc,
-    x,
-    x_hat,
-    *,
-    loss=hinge_d_loss,
-    penalty=None,
-    r1=0.0,
-    autocast=contextlib.nullcontext,
-    scale=1.0,
+    disc, x, x_hat, *, loss=hinge_d_loss, penalty=None, r1=0.0, autocast=nullcontext, scale=1.0
 ):
     """Accumulate D's gradient of L_D, on the images that generator_step has just seen and made.
     x, x_hat: (B, 3, H, W). loss(logits of x, of x̂) and penalty(x, x_hat) -> scalar. r1: γ of R1,
@@ -975,7 +968,7 @@ def discriminator_step(
     (share of patches that D judges rightly). Needs: hinge_d_loss, r1_penalty."""
     # L_D = ½ E[max(0, 1 - D(x))] + ½ E[max(0, 1 + D(x̂))] + γ/2 E‖∇D(x)‖²
     x, x_hat = x.detach().requires_grad_(r1 > 0), x_hat.detach()
-    with contextlib.nullcontext() if r1 > 0 else autocast():
+    with nullcontext() if r1 > 0 else autocast():
         real, fake = disc(torch.cat([x, x_hat])).chunk(2)  # one batch: no batch statistics
     d_loss = loss(real, fake)
     total = d_loss
