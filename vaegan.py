@@ -446,13 +446,6 @@ def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=0.05):
     return (g_rec.norm() / (g_adv.norm() + eps)).clamp(max=max_weight).detach()
 
 
-def r1_penalty(logits_real, x):
-    """E‖∇ₓ D(x)‖², where D(x) is the sum of an image's logits. γ/2 of it is added to L_D.
-    Source: Mescheder et al. 2018, eq. 9. logits_real: of x, (B, 3, H, W), which requires grad."""
-    (gradient,) = torch.autograd.grad(logits_real.sum(), x, create_graph=True)
-    return gradient.pow(2).sum(dim=(1, 2, 3)).mean()
-
-
 class Perceptual(nn.Module):
     """LPIPS, the distance of two images in the features of a trained network: frozen, in eval mode.
     Source: Zhang et al. 2018, eq. 1. net: vgg, alex or squeeze. Raises ImportError where package or
@@ -965,15 +958,16 @@ def discriminator_step(
     """Accumulate D's gradient of L_D, on the images that generator_step has just seen and made.
     x, x_hat: (B, 3, H, W). loss(logits of x, of x̂) and penalty(x, x_hat) -> scalar. r1: γ of R1,
     with which the step runs in fp32. -> terms, 0-d tensors: d_loss, logits_real, logits_fake, d_acc
-    (share of patches that D judges rightly). Needs: hinge_d_loss, r1_penalty."""
+    (share of patches that D judges rightly). Needs: hinge_d_loss."""
     # L_D = ½ E[max(0, 1 - D(x))] + ½ E[max(0, 1 + D(x̂))] + γ/2 E‖∇D(x)‖²
     x, x_hat = x.detach().requires_grad_(r1 > 0), x_hat.detach()
     with nullcontext() if r1 > 0 else autocast():
         real, fake = disc(torch.cat([x, x_hat])).chunk(2)  # one batch: no batch statistics
     d_loss = loss(real, fake)
     total = d_loss
-    if r1 > 0:
-        total = total + r1 / 2 * r1_penalty(real, x)
+    if r1 > 0:  # Mescheder et al. 2018, eq. 9, where D(x) is the sum of an image's logits
+        (gradient,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+        total = total + r1 / 2 * gradient.pow(2).sum(dim=(1, 2, 3)).mean()
     if penalty is not None:
         total = total + penalty(x, x_hat)
     (scale * total).backward()
