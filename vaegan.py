@@ -458,8 +458,7 @@ class Perceptual(nn.Module):
 
             self.lpips = lpips.LPIPS(net=net, verbose=False).requires_grad_(False).eval()
         except Exception as error:  # no package, no network, a torn file, …
-            place = f"{torch.hub.get_dir()}/checkpoints"
-            way_out = f"put it into {place}, or train with --perceptual-weight 0"
+            way_out = f"put it into {torch.hub.get_dir()}/checkpoints, or --perceptual-weight 0"
             raise ImportError(f"LPIPS net {net}: {error}; {way_out}") from None
 
     def train(self, mode=True):
@@ -473,9 +472,7 @@ class Perceptual(nn.Module):
 
     def forward(self, x, x_hat):
         """x, x_hat: (B, 3, H, W) in [-1, 1] -> (B,). x gets no gradient."""
-        with torch.no_grad():
-            real = self.features(x)
-        layers = zip(self.lpips.lins, real, self.features(x_hat))
+        layers = zip(self.lpips.lins, self.features(x.detach()), self.features(x_hat))
         with torch.autocast(x.device.type, enabled=False):
             return sum(head((a - b) ** 2).mean(dim=(1, 2, 3)) for head, a, b in layers)
 
