@@ -606,19 +606,17 @@ class CollapseMonitor:
         a = x - x.mean(dim=(0, 2, 3), keepdim=True)
         b = x_hat - x_hat.mean(dim=(0, 2, 3), keepdim=True)
         energy, energy_hat = [high_frequency_energy(image).mean() for image in (x, x_hat)]
-        terms = dict(
+        side = max(min(x.shape[-2:]) // 16, 1)
+        small, small_hat = F.avg_pool2d(x, side), F.avg_pool2d(x_hat, side)  # low-passed
+        own = (small - small_hat).abs().mean()
+        other = (small - small_hat.roll(1, 0)).abs().mean()  # with the z of the next image
+        return dict(
             corr=((a * b).mean() + 1e-3) / (a.norm() * b.norm() / a.numel() + 1e-3),  # 1 if flat
             saturation=(x_hat.abs() > 1).float().mean() - (x.abs() > 1).float().mean(),
             high_freq=energy_hat / energy.clamp(min=1e-12),
+            other_z=(other + 0.002) / (own + 0.001),
+            batch_spread=(small - small.roll(1, 0)).abs().mean(),
         )
-        if len(x) > 1:  # low-passed: error with the next image's z over own z; how images differ
-            side = max(min(x.shape[-2:]) // 16, 1)
-            small, small_hat = F.avg_pool2d(x, side), F.avg_pool2d(x_hat, side)
-            own = (small - small_hat).abs().mean()
-            other = (small - small_hat.roll(1, 0)).abs().mean()
-            terms["other_z"] = (other + 0.002) / (own + 0.001)
-            terms["batch_spread"] = (small - small.roll(1, 0)).abs().mean()
-        return terms
 
     def assert_healthy(self, step, terms):
         """Feed the record of a step, {term: number or 0-d tensor}. Raises CollapseError."""
