@@ -536,12 +536,11 @@ class WarmUp:
 
 def high_frequency_energy(x):
     """Spectral energy above half of Nyquist, a mean over all values: (B, C, H, W) -> (B,)."""
-    (height, width), like = x.shape[-2:], dict(dtype=x.dtype, device=x.device)
-    rows = torch.hann_window(height, periodic=False, **like)
-    columns = torch.hann_window(width, periodic=False, **like)
+    like = dict(dtype=x.dtype, device=x.device)
+    rows, columns = [torch.hann_window(n, periodic=False, **like) for n in x.shape[-2:]]
     spectrum = torch.fft.fft2(x * torch.outer(rows, columns), norm="ortho")
     power = torch.view_as_real(spectrum).pow(2).sum(-1)  # abs() compiles a kernel on a GPU
-    rows, columns = torch.fft.fftfreq(height, **like), torch.fft.fftfreq(width, **like)
+    rows, columns = [torch.fft.fftfreq(n, **like) for n in x.shape[-2:]]
     cycles_a_pixel = torch.hypot(rows[:, None], columns)
     return (power * (cycles_a_pixel > 0.25)).mean(dim=(1, 2, 3))
 
