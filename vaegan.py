@@ -113,12 +113,10 @@ class Config:
     on_collapse: str = arg("stop", "stop: back to the save before", choices=("stop", "warn"))
 
     def __post_init__(self):
-        """Check all values. Lists, as JSON has them, become tuples, and paths text."""
-        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        """Check all values. Each becomes of its default's type: a Path text, a list a tuple."""
         for f in fields(self):
-            if isinstance(f.default, str):
-                object.__setattr__(self, f.name, str(getattr(self, f.name)))
-            value, about = getattr(self, f.name), f.metadata
+            value, about = type(f.default)(getattr(self, f.name)), f.metadata
+            object.__setattr__(self, f.name, value)
             if about["choices"] and value not in about["choices"]:
                 self.refuse(f.name, f"choose from {', '.join(about['choices'])}")
             if isinstance(value, (int, float)) and not about["least"] <= value <= about["most"]:
