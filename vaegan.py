@@ -75,7 +75,7 @@ class Config:
 
     data: str = arg("", "folder of images, searched recursively; none: built-in dead leaves")
     val: str = arg("", "folder of held-out images; none: every 20th file of --data")
-    image_size: int = arg(256, "side of the square crops in pixels", tiny=64)
+    image_size: int = arg(256, "side of the square crops in pixels", tiny=64, least=32)
     batch_size: int = arg(12, "images a batch, in each process", tiny=4, least=1)
     workers: int = arg(8, "processes that load images; 0: the training process itself", tiny=0)
     ch: int = arg(128, "channels of the first level", tiny=16, least=1)
@@ -121,9 +121,8 @@ class Config:
                 self.refuse(f.name, f"choose from {', '.join(about['choices'])}")
             if isinstance(value, (int, float)) and not about["least"] <= value <= about["most"]:
                 self.refuse(f.name, f"must lie between {about['least']} and {about['most']}")
-        for name in ("steps", "sample_every", "save_every"):
-            if getattr(self, name) % 10 > 0:
-                self.refuse(name, "must be a multiple of 10, as a record is made every 10 steps")
+            if f.name in ("steps", "sample_every", "save_every") and value % 10 > 0:
+                self.refuse(f.name, "must be a multiple of 10, as a record is made every 10 steps")
         if self.disc_start != "plateau" and not self.disc_start.isdecimal():
             self.refuse("disc_start", "must be a step or the word plateau")
         data, val, out = [Path(folder).resolve() for folder in (self.data, self.val, self.out)]
@@ -136,8 +135,8 @@ class Config:
         if self.freeze_encoder and not self.init:
             self.refuse("freeze_encoder", "a new encoder is not worth keeping; give --init FILE")
         f = 2 ** (len(self.ch_mult) - 1)
-        if self.image_size < 32 or self.image_size % f > 0:  # LPIPS with alex needs 32
-            self.refuse("image_size", f"must be a multiple of {f}, and at least 32")
+        if self.image_size % f > 0:
+            self.refuse("image_size", f"must be a multiple of {f}")
 
     def refuse(self, name, reason):
         """Raise UsageError about a flag."""
