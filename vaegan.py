@@ -53,6 +53,7 @@ TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
 # ---- 2. Configuration: one dataclass is the flags, their help, and the record in a checkpoint.
+NETS = ("vgg", "alex", "squeeze")  # of LPIPS
 
 
 class UsageError(ValueError):
@@ -63,9 +64,6 @@ def arg(default, help, tiny=None, least=0, most=1e9, choices=None):
     """A field of Config that is also a flag. tiny: its default in preset tiny, if it differs."""
     limits = dict(least=least, most=most, choices=choices)
     return field(default=default, metadata=dict(limits, help=help, tiny=tiny))
-
-
-NETS = ("vgg", "alex", "squeeze")  # of LPIPS
 
 
 @dataclass(frozen=True)
