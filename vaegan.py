@@ -754,9 +754,7 @@ class ImageFolder(Dataset):
         if not self.files:
             raise UsageError(f"{root}: no image here or below, with one of {' '.join(suffixes)}")
         if hold_out and len(self.files) > 1:
-            # From the first whole file on, or all that is held out might be one broken file.
-            first = next(filter(self.is_whole, range(len(self.files))), 0)
-            held_out = self.files[first::hold_out]
+            held_out = self.files[::hold_out]
             self.files = sorted(set(self.files) - set(held_out)) if train else held_out
         self.reported = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # by workers
         self.epoch, self.order = None, None  # the newest shuffled pass
@@ -784,12 +782,6 @@ class ImageFolder(Dataset):
         image = self.decode_or_replace(self.order[k], generator)
         pixels = self.crop(image, (1 + size) / 2, left, top)
         return pixels.flip(2) if flip < 0.5 else pixels
-
-    def is_whole(self, k):
-        """Whether file k can be decoded."""
-        with contextlib.suppress(Exception):
-            return self.decode(self.files[k]) is not None
-        return False
 
     def decode_or_replace(self, k, generator):
         """The image of file k, or where that is broken another one."""
