@@ -748,11 +748,9 @@ class ImageFolder(Dataset):
         left_out = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # programs, films, data
         self.formats = sorted(set(Image.OPEN) & (set(kinds.values()) - left_out))
         suffixes = tuple(suffix for suffix, kind in kinds.items() if kind in self.formats)
-        if not os.path.isdir(root):
-            raise UsageError(f"{root}: no such folder")
         self.files = find_images(root, suffixes)
         if not self.files:
-            raise UsageError(f"{root}: no image here or below, with one of {' '.join(suffixes)}")
+            raise UsageError(f"{root}: no folder with images, of {' '.join(suffixes)}")
         if hold_out and len(self.files) > 1:
             held_out = self.files[::hold_out]
             self.files = sorted(set(self.files) - set(held_out)) if train else held_out
@@ -798,8 +796,6 @@ class ImageFolder(Dataset):
 
     def decode(self, file):
         """A file as an upright RGB image, a large JPEG at 1/2, 1/4 or 1/8 of its size."""
-        if not os.path.isfile(file):  # to open a pipe would wait for ever
-            raise ValueError("it is no file")
         with Image.open(file, formats=self.formats) as image:
             image.draft("RGB", (2 * self.size, 2 * self.size))
             # Mode I has 32 bits, but of a PNG or PGM only 16.
