@@ -1108,7 +1108,7 @@ def test_a_save_of_other_data_or_another_edition_is_refused_with_the_way_out(
     flags = flags_of("", "--steps", 10, "--data", write_photos(tmp_path / "a/train"))
     assert vaegan.main(flags) == 0
     assert vaegan.main([*flags, "--data", str(write_photos(tmp_path / "b/train"))]) == 2
-    assert "a/train; give this one its own --out" in capsys.readouterr().err
+    assert "a/train'; give this one its own --out" in capsys.readouterr().err
     saved = checkpoint("run/tiny-train/last.pt")
     del saved["version"]
     torch.save(saved, "run/tiny-train/last.pt")

@@ -1178,11 +1178,9 @@ class Trainer:
         """Continue from a checkpoint, at the learning rates given now."""
         training = saved["training"]
         for name in self.PARTS:
-            if training[name]:  # the scaler's is empty in fp32
-                getattr(self, name).load_state_dict(training[name])
-        for optimiser, lr in ((self.opt_vae, self.cfg.lr), (self.opt_disc, self.cfg.lr_disc)):
-            for group in optimiser.param_groups:
-                group["lr"] = lr
+            getattr(self, name).load_state_dict(training[name])
+        self.opt_vae.param_groups[0]["lr"] = self.cfg.lr
+        self.opt_disc.param_groups[0]["lr"] = self.cfg.lr_disc
         self.ema.load_state_dict(saved["state_dict"])
         self.step = saved["step"]
         judged_by = ("perceptual_weight", "perceptual_net", "image_size")
@@ -1201,9 +1199,8 @@ class Trainer:
                 raise UsageError(f"{file} is of another edition of vaegan.py; {way_out}")
             for name in ("data", "val", "init"):
                 before, now = saved["config"][name], getattr(self.cfg, name)
-                if Path(before).resolve() != Path(now).resolve() or bool(before) != bool(now):
-                    was = f"--{name} {before}" if before else f"no --{name}"
-                    raise UsageError(f"{file} is a run with {was}; give this one its own --out")
+                if Path(before) != Path(now):
+                    raise UsageError(f"{file} has --{name} {before!r}; give this one its own --out")
             try:
                 self.load_state_dict(saved)
             except Exception as error:  # whatever does not fit
