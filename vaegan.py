@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import signal
@@ -1366,12 +1365,10 @@ def read_file(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:  # its text names safetensors, which is to be installed
         raise
-    except pickle.UnpicklingError:  # whose text advises to run the code
-        reason = "it is torn, or has code beside the weights as Lightning's have"
-    except Exception as error:  # whatever stands in the file
-        reason = f"{type(error).__name__} {error}"[:200]
-    way_out = "give a .safetensors; if it is a run's last.pt, move it away for previous.pt"
-    raise UsageError(f"{path} cannot be read: {reason}; {way_out}")
+    except Exception as error:  # whatever stands in the file; torch's text advises to run code
+        reason = f"{type(error).__name__}: it is missing, torn, or has code as Lightning's have"
+        way_out = "give a .safetensors; if it is a run's last.pt, move it away for previous.pt"
+        raise UsageError(f"{path} cannot be read, {reason}; {way_out}") from None
 
 
 DIFFUSERS = (  # a pattern in the names of others, what CompVis writes there
@@ -1428,9 +1425,8 @@ def load_autoencoder(path, recompute=False):
         if not all(weight.isfinite().all() for weight in state.values()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # whatever the file holds
-        reason = str(error)[:200]
         way_out = "give Stable Diffusion's, or a checkpoint of vaegan.py"
-        raise UsageError(f"{path} holds no KL autoencoder ({reason}); {way_out}") from None
+        raise UsageError(f"{path} is no KL autoencoder ({str(error)[:200]}); {way_out}") from None
     return vae, content
 
 
