@@ -1494,9 +1494,8 @@ def parse(argv):
     """-> {"command": …, flag: value}; of train's flags those that are given."""
     options = dict(usage=argparse.SUPPRESS, allow_abbrev=False)  # so that an error is one line
     parser = argparse.ArgumentParser("vaegan.py", description=__doc__.splitlines()[0], **options)
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = "train, or continue, on a folder of images"
-    sub = commands.add_parser("train", prog="vaegan.py train", help=text, **options)
+    commands = parser.add_subparsers(dest="command", required=True, prog="vaegan.py")
+    sub = commands.add_parser("train", help="train, or continue, on a folder of images", **options)
     for f in fields(Config):
         about = f.metadata
         text = about["help"]
@@ -1511,8 +1510,7 @@ def parse(argv):
             kind = dict(type=int, nargs="+")
         flag = "--" + f.name.replace("_", "-")
         sub.add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
-    text = "measure autoencoders on images"
-    sub = commands.add_parser("eval", prog="vaegan.py eval", help=text, **options)
+    sub = commands.add_parser("eval", help="measure autoencoders on images", **options)
     add = sub.add_argument
     add("--checkpoint", required=True, nargs="+", metavar="FILE", help="any file that --init takes")
     add("--data", default="", metavar="DIR", help="folder of images, all of them; none: leaves")
