@@ -748,10 +748,10 @@ class Overflowing(Trainer):
 
 def test_an_fp16_overflow_in_d_does_not_skip_the_autoencoders_step():
     run = trainer(kind=Overflowing, precision="fp16")
-    vae, disc = copy.deepcopy(run.vae.state_dict()), [p.clone() for p in run.disc_params]
+    vae, disc = copy.deepcopy(run.vae.state_dict()), [p.clone() for p in run.disc.parameters()]
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     run.update(batches(1))
-    assert same(list(run.disc_params), disc) and run.scaler.get_scale() == 512
+    assert same(list(run.disc.parameters()), disc) and run.scaler.get_scale() == 512
     last = "decoder.conv_out.weight"
     assert not torch.equal(run.vae.state_dict()[last], vae[last])
 

@@ -990,8 +990,7 @@ class Trainer:
         # Networks.
         torch.manual_seed(cfg.seed)
         if cfg.init:
-            file = newest_save(self.folder) or cfg.init
-            self.vae, _ = load_autoencoder(file, cfg.recompute)
+            self.vae, _ = load_autoencoder(newest_save(self.folder) or cfg.init, cfg.recompute)
         else:
             widths = (cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels)
             self.vae = AutoencoderKL(3, *widths, recompute=cfg.recompute)
@@ -1019,10 +1018,9 @@ class Trainer:
         # Optimisers.
         self.enc_params = [*self.vae.encoder.parameters(), *self.vae.quant_conv.parameters()]
         self.dec_params = [*self.vae.decoder.parameters(), *self.vae.post_quant_conv.parameters()]
-        self.disc_params = [*self.disc.parameters()]
         adam = dict(betas=(0.5, 0.9), fused=device.type != "mps")
         self.opt_vae = torch.optim.Adam(self.enc_params + self.dec_params, cfg.lr, **adam)
-        self.opt_disc = torch.optim.Adam(self.disc_params, cfg.lr_disc, **adam)
+        self.opt_disc = torch.optim.Adam(self.disc.parameters(), cfg.lr_disc, **adam)
 
         # Precision of the networks; None: fp32.
         self.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision)
@@ -1070,7 +1068,7 @@ class Trainer:
             x_hat, terms = generator_step(
                 self.vae_ddp,
                 x,
-                adversary=self.adversary if self.has_gan else None,
+                adversary=self.adversary,  # not called while its weight is 0
                 perceptual=self.perceptual,
                 pixel_loss=cfg.pixel_loss,
                 perceptual_weight=cfg.perceptual_weight,
@@ -1099,7 +1097,7 @@ class Trainer:
         self.scaler.step(self.opt_vae)
         if trains_disc:
             self.scaler.unscale_(self.opt_disc)
-            norms["grad_norm_disc"] = clip(self.disc_params, max_norm)
+            norms["grad_norm_disc"] = clip(self.disc.parameters(), max_norm)
             self.scaler.step(self.opt_disc)
         self.scaler.update()
         self.unread.append(norms)
@@ -1135,8 +1133,7 @@ class Trainer:
         """Measure and draw the averaged weights, keep the best -> the val_ terms of the log."""
         measured = evaluate(self.ema, self.val_set, self.device, self.perceptual)
         self.latents = {name: measured[name] for name in self.latents}
-        picture = self.folder / f"samples/{self.step:07d}.png"
-        save_grid(picture, self.val_set, self.device, self.ema)
+        save_grid(self.folder / f"samples/{self.step:07d}.png", self.val_set, self.device, self.ema)
         score = measured["psnr"] if measured["lpips"] is None else -measured["lpips"]
         score = float(average_over_ranks(torch.tensor(score)))  # the same on all, to the bit
         has_texture = not self.has_gan or self.warm_up.weight(self.step - 1) == 1
@@ -1202,9 +1199,8 @@ class Trainer:
                     raise UsageError(f"{file} has --{name} {before!r}; give this one its own --out")
             try:
                 self.load_state_dict(saved)
-            except Exception as error:  # whatever does not fit
-                way_out = "take the flags it was trained with, or another --out"
-                raise UsageError(f"{file}: {str(error)[:200]}; {way_out}") from None
+            except Exception as error:
+                raise UsageError(f"{file} is a run with other flags: {str(error)[:200]}") from None
             tqdm.write(f"{self.folder}: continues after step {self.step} of {self.cfg.steps}")
         wait_for_ranks()  # all have read before one writes
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -1256,8 +1252,7 @@ def train(cfg, signals=(), trainer=Trainer):
             stop = average_over_ranks(torch.tensor(float(len(signals)))) > 0  # on any rank
             if is_done or stop or run.step % cfg.save_every == 0:
                 run.save()
-            shown = [n for n in ("d_acc", "kl_dim", "l1", "lpips", "w") if n in record]
-            bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
+            bar.set_postfix(l1=record["l1"], kl_dim=record["kl_dim"], w=record.get("w", 0.0))
             if stop and not is_done:
                 number = max(signals, default=signal.SIGTERM)  # that of another rank
                 raise KeyboardInterrupt(number, f"saved step {run.step}; the same command goes on")
