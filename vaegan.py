@@ -795,6 +795,8 @@ class ImageFolder(Dataset):
 
     def decode(self, file):
         """A file as an upright RGB image, a large JPEG at 1/2, 1/4 or 1/8 of its size."""
+        if not os.path.isfile(file):  # to open a pipe would wait for ever
+            raise ValueError("it is no file")
         with Image.open(file, formats=self.formats) as image:
             image.draft("RGB", (2 * self.size, 2 * self.size))
             # Mode I has 32 bits, but of a PNG or PGM only 16.
@@ -1199,8 +1201,9 @@ class Trainer:
                     raise UsageError(f"{file} has --{name} {before!r}; give this one its own --out")
             try:
                 self.load_state_dict(saved)
-            except Exception as error:
-                raise UsageError(f"{file} is a run with other flags: {str(error)[:200]}") from None
+            except Exception as error:  # whatever does not fit
+                way_out = "take the flags it was trained with, or another --out"
+                raise UsageError(f"{file}: {str(error)[:200]}; {way_out}") from None
             tqdm.write(f"{self.folder}: continues after step {self.step} of {self.cfg.steps}")
         wait_for_ranks()  # all have read before one writes
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -1252,7 +1255,8 @@ def train(cfg, signals=(), trainer=Trainer):
             stop = average_over_ranks(torch.tensor(float(len(signals)))) > 0  # on any rank
             if is_done or stop or run.step % cfg.save_every == 0:
                 run.save()
-            bar.set_postfix(l1=record["l1"], kl_dim=record["kl_dim"], w=record.get("w", 0.0))
+            shown = [n for n in ("d_acc", "kl_dim", "l1", "lpips", "w") if n in record]
+            bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
             if stop and not is_done:
                 number = max(signals, default=signal.SIGTERM)  # that of another rank
                 raise KeyboardInterrupt(number, f"saved step {run.step}; the same command goes on")
