@@ -418,6 +418,9 @@ def test_a_look_measures_what_its_terms_say():
     assert terms["high_freq"].item() == approx((energy_hat / energy).item())
     blind = CollapseMonitor.look(x, x_hat[:1].expand(3, -1, -1, -1))
     assert 0.99 < blind["other_z"] < 1 / 0.95
+    flat = torch.zeros_like(x)
+    corr = [CollapseMonitor.look(*pair)["corr"] for pair in ((x, flat), (flat, x), (flat, flat))]
+    assert max(corr[:2]) < 0.1 and corr[2] > 0.99
     spread = (small - small[[2, 0, 1]]).abs().mean()
     assert terms["batch_spread"].item() == approx(spread.item())
 

@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-# One process, unless torchrun has started it; other RANKs are left over from something else.
+# RANK counts only under torchrun; elsewhere it may be left over from something else.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
@@ -174,7 +174,7 @@ class Config:
 
 
 def group_norm(channels):
-    """32 groups where 32 divides `channels`, else of four channels. CUDA's autocast: in fp32."""
+    """32 groups if 32 divides `channels`, else about channels/4; in fp32 under CUDA's autocast."""
     groups = 32 if channels % 32 == 0 else math.gcd(channels, max(channels // 4, 1))
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -338,7 +338,7 @@ class AutoencoderKL(nn.Module):
     [-1, 1], multiples of f = 2^(levels - 1); z: (B, z_channels, H/f, W/f); x_hat: as x, unbounded.
     All have x's dtype, under autocast too. quant_conv=False: the layout of SD3 and FLUX.1.
     recompute: keep at most 40 % of the activations, with the same gradients. The first weights are
-    ours, those of an identity: random ones hide colour in z, which is then learned late."""
+    ours, those of an identity: with random ones colour is lost before z, and is learned late."""
 
     def __init__(
         self,
@@ -435,8 +435,8 @@ def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=0.05):
     λ guards against a D too strong: λ·g_adv is never stronger than g_rec. Its bound guards against
     one too weak: without it λ amplifies a D that knows nothing, the decoder outruns it, and D stays
     at chance. g_rec, g_adv: gradients of both losses at the decoder's last layer -> scalar without
-    a graph. Source: Esser et al. 2021, eq. 7; ε and bound are latent-diffusion's, whose 1e4 is for
-    sums over 3·256² values, which makes it 0.05 for means. max_weight=math.inf: no bound."""
+    a graph. Source: Esser et al. 2021, eq. 7; ε is latent-diffusion's, and so is the bound: 1e4 for
+    sums over 3·256² values, so 0.05 for means. max_weight=math.inf: no bound."""
     return (g_rec.norm() / (g_adv.norm() + eps)).clamp(max=max_weight).detach()
 
 
@@ -560,8 +560,8 @@ class CollapseMonitor:
         the KL goes to 0              kl_gone; z_ignored where the decoder ignores z all the same
         noise, saturation, ringing    noise; the terms saturation and high_freq are only logged
 
-    Collapsed: a term is not finite; or two records running have a damage over its limit; or one
-    has, and a cause was over its limit in it or in the five before. z_ignored and noise count once
+    Collapsed: a term is not finite; or a damage is over its limit in two records running; or in
+    one, with a cause over its limit in the newest six. z_ignored and noise count once
     there was a picture (correlation over ½), if the GAN dominates, or after 100 records.
     CollapseMonitor(rebound=4.0) sets a limit.
     Needs: CollapseError, high_frequency_energy."""
@@ -598,13 +598,14 @@ class CollapseMonitor:
         x, x_hat = x.float(), x_hat.float()
         a = x - x.mean(dim=(0, 2, 3), keepdim=True)
         b = x_hat - x_hat.mean(dim=(0, 2, 3), keepdim=True)
+        norms = ((a.square().mean() + 1e-3) * (b.square().mean() + 1e-3)).sqrt()
         energy, energy_hat = [high_frequency_energy(image).mean() for image in (x, x_hat)]
         side = max(min(x.shape[-2:]) // 16, 1)
         small, small_hat = F.avg_pool2d(x, side), F.avg_pool2d(x_hat, side)  # low-passed
         own = (small - small_hat).abs().mean()
         other = (small - small_hat.roll(1, 0)).abs().mean()  # with the z of the next image
         return dict(
-            corr=((a * b).mean() + 1e-3) / (a.norm() * b.norm() / a.numel() + 1e-3),  # 1 if flat
+            corr=((a * b).mean() + 1e-3) / norms,  # about 1 if both are flat, 0 if one is
             saturation=(x_hat.abs() > 1).float().mean() - (x.abs() > 1).float().mean(),
             high_freq=energy_hat / energy.clamp(min=1e-12),
             other_z=(other + 0.002) / (own + 0.001),
@@ -923,7 +924,7 @@ def generator_step(
         image_grad = image_grad + w * adv_grad
         terms.update(g_loss=adv_loss, w=w, grad_ratio=w * adv_last.norm() / rec_last.norm())
 
-    # With g the gradient of the losses at x̂, that at the parameters is (∂x̂/∂θ)ᵀ·g: of Σ x̂·g.
+    # With g = ∂L/∂x̂ held fixed, ∂(Σ x̂·g)/∂θ = (∂x̂/∂θ)ᵀ·g = ∂L/∂θ.
     # In one call: with two, DDP would average after the first and leave out the second.
     kl_loss = scale * kl_weight * kl / x[0].numel()
     ((x_hat * image_grad).sum() + kl_loss).backward()
@@ -1268,7 +1269,7 @@ def train(cfg, signals=(), trainer=Trainer):
 
 
 def launch(kind):
-    """-> the device of a kind, or of the best kind. Under torchrun it joins the other processes."""
+    """-> the device of a kind; auto: CUDA if there is one. Under torchrun it joins the others."""
     has = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if kind == "auto":
         kind = "cuda" if has["cuda"] else "cpu"
@@ -1297,7 +1298,7 @@ def catch_signals():
 
     def catch(number, frame):
         caught.append(number)
-        if not TORCHRUN:  # which and whose cluster may both send the first
+        if not TORCHRUN:  # torchrun and its cluster may each send one
             signal.signal(number, signal.SIG_DFL)
         if RANK == 0:  # print is not for handlers
             os.write(2, b"\nvaegan.py: saves within ten steps, then stops\n")
