@@ -699,8 +699,9 @@ class CollapseMonitor:
 
 
 def seed_of(*numbers):
-    """A 63-bit seed. Where randomness comes from: weights are of --seed, the noise in z of (seed,
-    step, rank), image i of (seed, pass, place): on a CPU a stopped run goes on to the bit."""
+    """A 63-bit seed. Where randomness comes from: weights --seed; noise in z (seed, step, rank);
+    order of files (seed, pass); crop (seed, pass, place); dead leaves (seed, i). All follow from
+    the step, so on a CPU a stopped run goes on to the bit."""
     return random.Random(repr(numbers)).getrandbits(63)
 
 
@@ -736,7 +737,7 @@ def find_images(root, suffixes):
 class ImageFolder(Dataset):
     """Square crops of all images in a folder and below: (3, size, size) uint8.
     train=True: item i, for any i >= 0, is of the i-th file of endless shuffled passes: a square at
-    random, of ½ to 1 times the shorter side as in latent-diffusion's ImageNet data, flipped or not;
+    random, ½ to 1 times the shorter side (latent-diffusion's ImageNet data), flipped or not; it is
     a function of (seed, i). train=False: the largest centre square of the i-th file by name.
     hold_out=n: every n-th file is for train=False, the others for train=True. For a file that
     cannot be decoded, which is reported once, another one stands in, drawn at random.
@@ -1115,8 +1116,8 @@ class Trainer:
     def read_record(self):
         """-> the means of ten steps over all ranks, in one transfer from the device.
         What an fp16 overflow does: the scaler skips the step of the optimiser that overflowed, and
-        halves the scale; here, terms of gradients that are not finite are left out of the record.
-        With a scale below 1 they stay, as all other terms do, and the monitor stops the run."""
+        halves the scale; here, terms of gradients that are not finite are left out. Other terms
+        stay, and with a scale below 1 all do: then the monitor stops the run."""
         series = {}
         for terms in self.unread:
             for name, value in terms.items():
