@@ -122,11 +122,9 @@ class Config:
                 self.refuse(f.name, "must be a multiple of 10, as a record is made every 10 steps")
         if self.disc_start != "plateau" and not self.disc_start.isdecimal():
             self.refuse("disc_start", "must be a step or the word plateau")
-        data, val, out = [Path(folder).resolve() for folder in (self.data, self.val, self.out)]
+        data, val = Path(self.data).resolve(), Path(self.val).resolve()
         if self.data and self.val and (data.is_relative_to(val) or val.is_relative_to(data)):
             self.refuse("val", "shares images with --data; give folders beside each other")
-        if self.out and ((self.data and out == data) or (self.val and out == val)):
-            self.refuse("out", "is a folder of images, and its pictures would become some")
         if min(self.ch_mult, default=0) < 1:
             self.refuse("ch_mult", "must be positive")
         if self.freeze_encoder and not self.init:
