@@ -154,9 +154,8 @@ class Config:
             tiny = {f.name: f.metadata["tiny"] for f in fields(cls)}
             values = {name: value for name, value in tiny.items() if value is not None}
         if flags.get("init"):
-            # A run that continues has them in its save, so the file may be gone.
             place = {name: flags[name] for name in ("data", "out") if name in flags}
-            file = newest_save(cls(preset=preset, **place).folder) or flags["init"]
+            file = file_of_init(flags["init"], cls(preset=preset, **place).folder)
             widths = load_autoencoder(file)[0].widths
             values.update(widths, disc_start="0")  # a trained reconstruction has saturated
         cfg = cls(**{**values, **flags, "preset": preset})
@@ -992,7 +991,8 @@ class Trainer:
         # Networks.
         torch.manual_seed(cfg.seed)
         if cfg.init:
-            self.vae, _ = load_autoencoder(newest_save(self.folder) or cfg.init, cfg.recompute)
+            file = file_of_init(cfg.init, self.folder)
+            self.vae, _ = load_autoencoder(file, cfg.recompute)
         else:
             widths = (cfg.ch, cfg.ch_mult, cfg.num_res_blocks, cfg.z_channels)
             self.vae = AutoencoderKL(3, *widths, recompute=cfg.recompute)
@@ -1317,6 +1317,13 @@ def newest_save(folder):
     """last.pt; previous.pt if a kill came while that was renamed; None if there is neither."""
     saves = [folder / "last.pt", folder / "previous.pt"]
     return next((file for file in saves if file.exists()), None)
+
+
+def file_of_init(init, folder):
+    """The file --init; if that is gone, the newest save of the run, which holds all of it."""
+    if Path(init).exists():
+        return init
+    return newest_save(folder) or init
 
 
 def write_whole(path, content, older=None):
