@@ -1029,7 +1029,7 @@ BAD = """--data nowhere|--data empty|--image-size 33|--image-size 24|--steps 15|
 --perceptual-net resnet
 --precision fp8|--perceptual-weight 1|--freeze-encoder|--init nowhere.pt|--init foreign.pt
 --init hostile.pt|--init torn.safetensors|--init flux2.pt|--init good.pt --ch 16|--device cuda
---data photos --val photos/val|--data photos/train --val photos
+--data photos --val photos/val|--data photos/train --val photos|--data photos --out photos
 --ch-mult 0"""
 
 

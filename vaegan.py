@@ -18,7 +18,6 @@ meaning, λ does not grow with the image, and a gradient norm of 1 means the sam
 """
 
 import argparse
-import contextlib
 import copy
 import io
 import itertools
@@ -33,7 +32,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -72,7 +71,7 @@ class Config:
 
     data: str = arg("", "folder of images, searched recursively; none: built-in dead leaves")
     val: str = arg("", "folder of held-out images; none: every 20th file of --data")
-    image_size: int = arg(256, "side of the square crops in pixels", tiny=64, least=32)
+    image_size: int = arg(256, "side of the square crops in pixels", tiny=64)
     batch_size: int = arg(12, "images a batch, in each process", tiny=4, least=1)
     workers: int = arg(8, "processes that load images; 0: the training process itself", tiny=0)
     ch: int = arg(128, "channels of the first level", tiny=16, least=1)
@@ -110,28 +109,33 @@ class Config:
     on_collapse: str = arg("stop", "stop: back to the save before", choices=("stop", "warn"))
 
     def __post_init__(self):
-        """Check all values. Each becomes of its default's type: a Path text, a list a tuple."""
+        """Check all values. Lists, as JSON has them, become tuples, and paths text."""
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         for f in fields(self):
-            value, about = type(f.default)(getattr(self, f.name)), f.metadata
-            object.__setattr__(self, f.name, value)
+            if isinstance(f.default, str):
+                object.__setattr__(self, f.name, str(getattr(self, f.name)))
+            value, about = getattr(self, f.name), f.metadata
             if about["choices"] and value not in about["choices"]:
                 self.refuse(f.name, f"choose from {', '.join(about['choices'])}")
             if isinstance(value, (int, float)) and not about["least"] <= value <= about["most"]:
                 self.refuse(f.name, f"must lie between {about['least']} and {about['most']}")
-            if f.name in ("steps", "sample_every", "save_every") and value % 10 > 0:
-                self.refuse(f.name, "must be a multiple of 10, as a record is made every 10 steps")
+        for name in ("steps", "sample_every", "save_every"):
+            if getattr(self, name) % 10 > 0:
+                self.refuse(name, "must be a multiple of 10, as a record is made every 10 steps")
         if self.disc_start != "plateau" and not self.disc_start.isdecimal():
             self.refuse("disc_start", "must be a step or the word plateau")
-        data, val = Path(self.data).resolve(), Path(self.val).resolve()
+        data, val, out = [Path(folder).resolve() for folder in (self.data, self.val, self.out)]
         if self.data and self.val and (data.is_relative_to(val) or val.is_relative_to(data)):
             self.refuse("val", "shares images with --data; give folders beside each other")
+        if self.out and ((self.data and out == data) or (self.val and out == val)):
+            self.refuse("out", "is a folder of images, and its pictures would become some")
         if min(self.ch_mult, default=0) < 1:
             self.refuse("ch_mult", "must be positive")
         if self.freeze_encoder and not self.init:
             self.refuse("freeze_encoder", "a new encoder is not worth keeping; give --init FILE")
         f = 2 ** (len(self.ch_mult) - 1)
-        if self.image_size % f > 0:
-            self.refuse("image_size", f"must be a multiple of {f}")
+        if self.image_size < 32 or self.image_size % f > 0:  # LPIPS with alex needs 32
+            self.refuse("image_size", f"must be a multiple of {f}, and at least 32")
 
     def refuse(self, name, reason):
         """Raise UsageError about a flag."""
@@ -449,7 +453,8 @@ class Perceptual(nn.Module):
 
             self.lpips = lpips.LPIPS(net=net, verbose=False).requires_grad_(False).eval()
         except Exception as error:  # no package, no network, a torn file, …
-            way_out = f"put it into {torch.hub.get_dir()}/checkpoints, or --perceptual-weight 0"
+            place = f"{torch.hub.get_dir()}/checkpoints"
+            way_out = f"put it into {place}, or train with --perceptual-weight 0"
             raise ImportError(f"LPIPS net {net}: {error}; {way_out}") from None
 
     def train(self, mode=True):
@@ -788,7 +793,7 @@ class ImageFolder(Dataset):
                 self.reported[k] = True
                 tqdm.write(f"skipped {self.files[k]!r}: {error}", file=sys.stderr)
         for other in torch.randperm(len(self), generator=generator).tolist():
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 return self.decode(self.files[other])
         raise OSError(f"{self.root}: none of {len(self)} images can be decoded")
 
@@ -1176,7 +1181,8 @@ class Trainer:
         """Continue from a checkpoint, at the learning rates given now."""
         training = saved["training"]
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(training[name])
+            if training[name]:  # the scaler's is empty in fp32
+                getattr(self, name).load_state_dict(training[name])
         self.opt_vae.param_groups[0]["lr"] = self.cfg.lr
         self.opt_disc.param_groups[0]["lr"] = self.cfg.lr_disc
         self.ema.load_state_dict(saved["state_dict"])
@@ -1197,7 +1203,7 @@ class Trainer:
                 raise UsageError(f"{file} is of another edition of vaegan.py; {way_out}")
             for name in ("data", "val", "init"):
                 before, now = saved["config"][name], getattr(self.cfg, name)
-                if Path(before) != Path(now):
+                if bool(before) != bool(now) or Path(before).resolve() != Path(now).resolve():
                     raise UsageError(f"{file} has --{name} {before!r}; give this one its own --out")
             try:
                 self.load_state_dict(saved)
@@ -1225,7 +1231,7 @@ def train(cfg, signals=(), trainer=Trainer):
     tqdm.write(f"preset {cfg.preset} on {run.device}, {images} to {run.folder}")
     run.begin_or_continue()
     bar = tqdm(total=cfg.steps, initial=run.step, disable=RANK > 0, dynamic_ncols=True)
-    with contextlib.closing(run.batches()) as batches, bar:
+    with closing(run.batches()) as batches, bar:
         while run.step < cfg.steps:
             run.update(batches)
             bar.update()
