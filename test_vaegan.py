@@ -438,7 +438,7 @@ def test_high_frequency_energy_is_what_lies_above_half_of_nyquist(cycles, share)
 
 
 def test_images_of_every_kind_become_upright_rgb_squares(tmp_path):
-    grey16 = torch.full((36, 40), 100 * 257, dtype=torch.int32).numpy()
+    grey16 = torch.full((36, 40), 99 * 257 + 200, dtype=torch.int32).numpy()  # nearest: 100
     palette = Image.new("P", (40, 36), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     Image.fromarray(grey16.astype("uint16")).save(tmp_path / "a.png")
@@ -749,6 +749,13 @@ class Overflowing(Trainer):
         return 1e38 * sum(p.sum() for p in self.disc.parameters())
 
 
+def test_where_the_gans_gradient_overflows_in_fp16_lambda_is_nan_so_that_the_step_is_skipped():
+    vae, options = small_nets()[0], dict(autocast=fp16, scale=torch.tensor(65536.0))
+    options.update(adversary=lambda x, image: 100 * image.mean())
+    _, terms = vaegan.generator_step(vae, images(), **options)
+    assert terms["lam"].isnan() and not gradients(vae).isfinite().any()
+
+
 def test_an_fp16_overflow_in_d_does_not_skip_the_autoencoders_step():
     run = trainer(kind=Overflowing, precision="fp16")
     vae, disc = copy.deepcopy(run.vae.state_dict()), [p.clone() for p in run.disc.parameters()]
@@ -887,7 +894,6 @@ def checkpoint(path):
 
 
 def log_of(run):
-    """Its records."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
@@ -922,6 +928,12 @@ def test_train_writes_the_run_folder_and_the_same_command_continues(tmp_path):
     assert Config(**saved["config"]).ch_mult == (1, 2) and saved["step"] == 50
 
 
+def workers_of(process):
+    """The process numbers of those that load images."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(child) for child in children.split()]
+
+
 def run_until(step, act, *flags):
     """Run the command in a process of its own, act on it at a step -> its status, last words."""
     left_over = dict(RANK="3", WORLD_SIZE="2")  # which does not count without torchrun
@@ -953,10 +965,13 @@ def test_whatever_ends_a_run_it_goes_on_to_the_same_end(tmp_path):
         log.write('{"step": 52, "l1"')  # as a kill in the middle of a write leaves it
     for number in (signal.SIGINT, signal.SIGTERM):
         before = checkpoint(last)["step"]
-        command = flags_of(parts, *flags, "--workers", 2)
-        status, _ = run_until(before + 2, lambda p, n=number: p.send_signal(n), *command)
-        assert status == 128 + number
-        assert before < checkpoint(last)["step"] < 100
+
+        def act(process, number=number):
+            for each_one in (*workers_of(process), process.pid):
+                os.kill(each_one, number)
+
+        status, _ = run_until(before + 2, act, *flags_of(parts, *flags, "--workers", 2))
+        assert status == 128 + number and before < checkpoint(last)["step"] < 100
     for run in (parts, tmp_path / "whole"):
         assert run_tiny(run, *flags) == 0
     assert same(outcome(parts), outcome(tmp_path / "whole"))
@@ -969,8 +984,7 @@ def test_a_worker_that_fails_or_is_killed_ends_the_run_at_once_with_the_reason(t
 
     def act(process):
         if kill:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            os.kill(int(children.split()[0]), signal.SIGKILL)
+            os.kill(workers_of(process)[0], signal.SIGKILL)
         else:
             shutil.rmtree(photos)
 
@@ -1025,12 +1039,11 @@ class Hostile:
 
 
 BAD = """--data nowhere|--data empty|--image-size 33|--image-size 24|--steps 15|--batch-size 0
---save-every 7|--disc-start soon|--lr inf|--init nan.pt|--nonsense|--lr nan|--preset huge
---perceptual-net resnet
---precision fp8|--perceptual-weight 1|--freeze-encoder|--init nowhere.pt|--init foreign.pt
---init hostile.pt|--init torn.safetensors|--init flux2.pt|--init good.pt --ch 16|--device cuda
---data photos --val photos/val|--data photos/train --val photos|--data photos --out photos
---ch-mult 0"""
+--lr nan|--save-every 7|--disc-start soon|--lr inf|--init nan.pt|--nonsense|--preset huge
+--precision fp8|--perceptual-net resnet|--perceptual-weight 1|--freeze-encoder|--init nowhere.pt
+--init foreign.pt|--init hostile.pt|--init torn.safetensors|--init flux2.pt|--device cuda
+--init good.pt --ch 16|--data photos --val photos/val|--data photos/train --val photos
+--data photos --out photos|--ch-mult 0"""
 
 
 @each("flags", re.split(r"[|\n]", BAD.strip()))
@@ -1104,9 +1117,7 @@ def test_torchrun_trains_two_processes_into_one_folder(tmp_path):
     assert two["l1"] == approx(one["l1"], rel=0.01)  # the same images, each seen once
 
 
-def test_a_save_of_other_data_or_another_edition_is_refused_with_the_way_out(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_save_of_other_data_or_edition_is_refused_with_a_way_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = flags_of("", "--steps", 10, "--data", write_photos(tmp_path / "a/train"))
     assert vaegan.main(flags) == 0

@@ -437,8 +437,11 @@ def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=0.05):
     one too weak: without it λ amplifies a D that knows nothing, the decoder outruns it, and D stays
     at chance. g_rec, g_adv: gradients of both losses at the decoder's last layer -> scalar without
     a graph. Source: Esser et al. 2021, eq. 7; ε is latent-diffusion's, and so is the bound: 1e4 for
-    sums over 3·256² values, so 0.05 for means. max_weight=math.inf: no bound."""
-    return (g_rec.norm() / (g_adv.norm() + eps)).clamp(max=max_weight).detach()
+    sums over 3·256² values, so 0.05 for means. max_weight=math.inf: no bound. NaN if g_adv is not
+    finite, as where fp16 overflows: with 0 the GAN would be off, and GradScaler skip no step."""
+    norm = g_adv.norm()
+    weight = (g_rec.norm() / (norm + eps)).clamp(max=max_weight)
+    return torch.where(norm.isfinite(), weight, math.nan).detach()
 
 
 class Perceptual(nn.Module):
@@ -646,9 +649,6 @@ class CollapseMonitor:
         record, signs = dict(terms), {}
         self.history = [*self.history, record][-21:]
         self.count += 1
-        spreads = self.recent("batch_spread", 21)
-        if spreads and statistics.median(spreads) < 0.1:  # photographs: 0.34 to 0.54
-            record.pop("other_z", None)  # of images that are all alike it says nothing
         if "grad_ratio" in record:
             signs["domination"] = record["grad_ratio"]
 
@@ -679,7 +679,9 @@ class CollapseMonitor:
         has_picture = self.best_corr > 0.5 or is_dominated or self.count >= 100
         if corr and has_picture:
             signs["noise"] = 1 - statistics.median(corr)
-        if other_z and has_picture:
+        spreads = self.recent("batch_spread", 21)
+        are_alike = bool(spreads) and statistics.median(spreads) < 0.1  # photographs: 0.34 to 0.54
+        if other_z and has_picture and not are_alike:  # else another's z says nothing
             signs["z_ignored"] = 1 / max(statistics.median(other_z), 1e-12)
 
         if "kl_dim" in record:
@@ -807,8 +809,8 @@ class ImageFolder(Dataset):
             if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
                 raise ValueError("floats or 32-bit integers, whose range is not known")
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey; 257 = 65535/255
-                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            if image.mode.startswith("I"):  # 16-bit grey, rounded; 257 = 65535/255
+                image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
             return image.convert("RGB")
 
     def crop(self, image, size, left, top):
@@ -991,7 +993,7 @@ class Trainer:
             self.train_set = ImageFolder(cfg.data, size, True, cfg.seed, hold_out)
         if cfg.val or cfg.data:
             val_set = ImageFolder(cfg.val or cfg.data, size, False, cfg.seed, hold_out)
-        self.val_set = Subset(val_set, range(0, len(val_set), len(val_set) // 256 + 1))
+        self.val_set = Subset(val_set, range(0, len(val_set), (len(val_set) + 255) // 256))
 
         # Networks.
         torch.manual_seed(cfg.seed)
@@ -1049,7 +1051,7 @@ class Trainer:
         size = self.cfg.batch_size
         first = self.step * self.cfg.accumulate * WORLD_SIZE + RANK  # in batches
         indices = (range(k * size, (k + 1) * size) for k in itertools.count(first, WORLD_SIZE))
-        options = dict(num_workers=self.cfg.workers, worker_init_fn=leave_process_group)
+        options = dict(num_workers=self.cfg.workers, worker_init_fn=ignore_signals)
         options.update(pin_memory=self.device.type == "cuda")
         loader = iter(DataLoader(self.train_set, batch_sampler=indices, **options))
         if self.cfg.workers > 0:  # torch's handler would raise in the middle of anything
@@ -1283,6 +1285,8 @@ def launch(kind):
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device("cuda", int(TORCHRUN.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"there is no {device}; take a smaller --nproc-per-node")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
@@ -1313,10 +1317,11 @@ def catch_signals():
     return caught
 
 
-def leave_process_group(worker):
-    """Let a worker leave the group that Ctrl-C and torchrun's SIGTERM go to, for the run needs its
-    images until it has saved."""
-    os.setpgrp()
+def ignore_signals(worker):
+    """Let a worker live on when a signal goes to all processes, for the run needs its images until
+    it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def newest_save(folder):
