@@ -18,7 +18,6 @@ bound of λ is made for a D: focal and sobel, whose gradients are small, want --
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -182,7 +181,5 @@ def main(argv):
 
 if __name__ == "__main__":
     exit_status = main(sys.argv[1:])
-    if exit_status > 0 and vaegan.RANK > 0:
-        time.sleep(2)
     sys.stdout.flush()
     os._exit(exit_status)  # the reasons are at the end of vaegan.py

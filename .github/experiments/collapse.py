@@ -111,16 +111,11 @@ def train(row, data, seed):
             self.best = max(self.best, (False, psnr))  # as Trainer keeps it for best.pt
             look = self.monitor.look(x, x_hat)
             ignores_z = look["other_z"] < 1.05 and look["batch_spread"] > 0.1  # else all are alike
-            terms = dict(self.monitor.over[-1])
-            if psnr < self.best[1] - 3 or (ignores_z and self.step >= 200):
-                terms["ruined"] = True
-            if look["saturation"] > 0.2:
-                terms["saturated"] = True
-            if look["high_freq"] > 3:
-                terms["rings"] = True
+            facts = dict(saturated=look["saturation"] > 0.2, rings=look["high_freq"] > 3)
+            facts["ruined"] = psnr < self.best[1] - 3 or (ignores_z and self.step >= 200)
             if self.step == 300 and event:
                 event[0](self, event[1])
-            return terms
+            return self.monitor.over[-1] | {name: True for name in facts if facts[name]}
 
     torch.set_num_threads(1)
     argv = [*FLAGS.split(), *data, *flags.split(), f"--seed={seed}", f"--out={seed}"]

@@ -1,12 +1,10 @@
 """The tables and pictures of RESULTS.md, from the folders of runs.
 
-    python .github/experiments/tables.py ablation RUNS HELD_OUT [--size 64]
-    python .github/experiments/tables.py steps RUN [RUN …] [--every 1000]
-    python .github/experiments/tables.py ranges RUN [RUN …] --from STEP
-    python .github/experiments/tables.py picture OUT HELD_OUT CHECKPOINT [CHECKPOINT …]
-    python .github/experiments/tables.py colours HELD_OUT
-
-HELD_OUT is a folder of images, of which the largest centre squares are taken.
+python .github/experiments/tables.py ablation RUNS HELD_OUT [--size 64]
+python .github/experiments/tables.py steps RUN [RUN …] [--every 1000]
+python .github/experiments/tables.py ranges RUN [RUN …] --from STEP
+python .github/experiments/tables.py picture OUT HELD_OUT CHECKPOINT [CHECKPOINT …]
+python .github/experiments/tables.py colours HELD_OUT
 """
 
 import argparse
@@ -93,20 +91,18 @@ def ablation(runs, held_out, size):
 
 
 def steps(runs, every):
-    """A row for each run, a column for each step: PSNR, LPIPS and sharpness of held-out images at
-    that step, d_acc and λ as means of the 100 steps up to it."""
-    terms = dict(val_psnr=".2f", val_lpips=".3f", val_sharpness=".2f", d_acc=".2f", lam=".2g")
+    """A row for each run and step: val_ terms of that step, others as means of the 100 steps up to
+    it. LPIPS is of the net that trains."""
+    terms = dict(val_psnr=".2f", val_ssim=".3f", val_lpips=".3f", val_sharpness=".2f")
+    terms.update(d_acc=".2f", lam=".2g")
     rows = []
     for run in runs:
         records = read_log(run)
-        cells = []
         for end in range(every, records[-1]["step"] + 1, every):
             recent = [record for record in records if end - 100 < record["step"] <= end]
-            cells.append(", ".join(show(mean_of(recent, term), d) for term, d in terms.items()))
-        rows.append([f"`{run.name}`", *cells])
-    longest = max(len(row) for row in rows)
-    print("Each cell: PSNR in dB, LPIPS, sharpness, d_acc, λ\n")
-    print_table(["", *[f"step {i * every}" for i in range(1, longest)]], rows)
+            cells = [show(mean_of(recent, term), digits) for term, digits in terms.items()]
+            rows.append([f"`{run.name}`", str(end), *cells])
+    print_table(["run", "step", *terms], rows)
 
 
 def ranges(runs, start):
@@ -163,11 +159,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("ablation", help="what each part of the recipe does").add_argument
     add("runs", type=Path, help="folder of the folders VARIANT-SEED")
-    add("held_out")
+    add("held_out", help="folder of images: their largest centre squares")
     add("--size", type=int, default=64, help="side of the crops in pixels")
     add = commands.add_parser("steps", help="how runs develop").add_argument
     add("runs", type=Path, nargs="+")
-    add("--every", type=int, default=1000, help="steps between columns")
+    add("--every", type=int, default=1000, help="steps between rows")
     add = commands.add_parser("ranges", help="of the logged terms").add_argument
     add("runs", type=Path, nargs="+")
     add("--from", type=int, required=True, dest="start", help="step with the GAN at full weight")
