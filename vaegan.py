@@ -1492,16 +1492,10 @@ def evaluate(vae, dataset, device="cpu", perceptual=None, batch_size=8):
         rows.append(row)
     mean = {name: float(torch.cat([row[name] for row in rows]).mean()) for name in rows[0]}
     variance = max(mean["z_square"] - mean["z"] ** 2, 1e-20)
-    return dict(
-        images=len(dataset),
-        psnr=mean["psnr"],
-        ssim=mean["ssim"],
-        lpips=mean.get("lpips"),
-        sharpness=mean["energy_hat"] / mean["energy"],
-        kl_dim=mean["kl_dim"],
-        scaling_factor=variance**-0.5,
-        shift_factor=mean["z"],
-    )
+    result = {name: mean.get(name) for name in ("psnr", "ssim", "lpips", "kl_dim")}
+    result.update(images=len(dataset), sharpness=mean["energy_hat"] / mean["energy"])
+    result.update(scaling_factor=variance**-0.5, shift_factor=mean["z"])
+    return result
 
 
 # ---- 12. The command line.
