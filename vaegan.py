@@ -149,7 +149,7 @@ class Config:
 
     @classmethod
     def of(cls, preset="auto", **flags):
-        """A preset's values; over them the widths found in the file --init; over them the flags."""
+        """A preset's values, then --init's widths, then the flags, which must agree with those."""
         if preset == "auto":
             has_gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
             preset = "sd" if has_gpu else "tiny"
@@ -438,7 +438,7 @@ def adaptive_weight(g_rec, g_adv, eps=1e-4, max_weight=0.05):
     at chance. g_rec, g_adv: gradients of both losses at the decoder's last layer -> scalar without
     a graph. Source: Esser et al. 2021, eq. 7; ε is latent-diffusion's, and so is the bound: 1e4 for
     sums over 3·256² values, so 0.05 for means. max_weight=math.inf: no bound. NaN if g_adv is not
-    finite, as where fp16 overflows: with 0 the GAN would be off, and GradScaler skip no step."""
+    finite (fp16 overflow), so that GradScaler skips the step: 0 would pass, without the GAN."""
     norm = g_adv.norm()
     weight = (g_rec.norm() / (norm + eps)).clamp(max=max_weight)
     return torch.where(norm.isfinite(), weight, math.nan).detach()
@@ -565,8 +565,8 @@ class CollapseMonitor:
         the KL goes to 0              kl_gone; z_ignored where the decoder ignores z all the same
         noise, saturation, ringing    noise; the terms saturation and high_freq are only logged
 
-    Collapsed: a term is not finite; or a damage is over its limit in two records running; or in
-    one, with a cause over its limit in the newest six. z_ignored and noise count once
+    Collapsed: a term is not finite; or a sign of DAMAGE is over its limit, and one was so in the
+    record before, or one of CAUSES in the newest six records. z_ignored and noise count once
     there was a picture (correlation over ½), if the GAN dominates, or after 100 records.
     CollapseMonitor(rebound=4.0) sets a limit.
     Needs: CollapseError, high_frequency_energy."""
@@ -591,7 +591,7 @@ class CollapseMonitor:
         self.count = 0  # records so far
         self.history = []  # the newest 21 records
         self.values = {}  # {sign: its value} in the newest record
-        self.over = [{}]  # of the newest six records: {sign: its value} where over the limit
+        self.over = [{}]  # {sign: its value} over the limit, of the newest six records; {}: no one
         self.best_corr = 0.0
         self.peak_kl = 0.03  # largest kl_dim, within [0.03, 1]: a KL that never rose is gone, too
         self.best_level = dict(l2=math.inf, rec_loss=math.inf)  # dB
@@ -635,7 +635,7 @@ class CollapseMonitor:
         damage = [sign for sign in self.DAMAGE if sign in over]
         was_damaged = any(sign in self.over[-2] for sign in self.DAMAGE)
         if damage and (causes or was_damaged):
-            sign, culprit = damage[0], (causes + damage)[0]
+            sign, culprit = damage[0], causes[0] if causes else damage[0]
             _, meaning, remedy = self.SIGNS[culprit]
             cause = f"{culprit}: {meaning} was {lately[culprit]:.3g}"
             raise CollapseError(step, sign, over[sign], self.limits[sign], cause, remedy)
@@ -659,8 +659,8 @@ class CollapseMonitor:
             spread = 1.4826 * statistics.median(abs(norm - usual) for norm in norms[:-1])
             signs["spike"] = (norms[-1] - usual) / max(spread, 0.2)
 
-        # Mean dB of the newest two records above the best mean of five so far, which is relaxed by
-        # 0.005 dB a record, so that an old best fades.
+        # Mean dB of the newest two records above the best, the lowest mean of five in a row; the
+        # best is raised by 0.005 dB a record, so that an old one fades.
         rise = dict(l2=0.0, rec_loss=0.0)
         for term in rise:
             levels = [10 * math.log10(max(value, 1e-12)) for value in self.recent(term, 5)]
@@ -668,7 +668,7 @@ class CollapseMonitor:
                 best = min(self.best_level[term] + 0.005, statistics.fmean(levels))
                 self.best_level = self.best_level | {term: best}
                 rise[term] = statistics.fmean(levels[-2:]) - best
-        # Both have to rise: the GAN alone raises l2. rec_loss is an amplitude, with half of the dB.
+        # Both have to rise: the GAN alone raises l2. With l1 rec_loss is an amplitude: half the dB.
         signs["rebound"] = min(rise["l2"], 2 * rise["rec_loss"])
 
         # Medians of three records, so that one odd batch does not count.
@@ -1049,7 +1049,7 @@ class Trainer:
     def batches(self):
         """This rank's batches, (B, 3, H, W) uint8, from the next image on, without end."""
         size = self.cfg.batch_size
-        first = self.step * self.cfg.accumulate * WORLD_SIZE + RANK  # in batches
+        first = self.step * self.cfg.accumulate * WORLD_SIZE + RANK  # ranks take batches in turn
         indices = (range(k * size, (k + 1) * size) for k in itertools.count(first, WORLD_SIZE))
         options = dict(num_workers=self.cfg.workers, worker_init_fn=ignore_signals)
         options.update(pin_memory=self.device.type == "cuda")
@@ -1120,9 +1120,9 @@ class Trainer:
 
     def read_record(self):
         """-> the means of ten steps over all ranks, in one transfer from the device.
-        What an fp16 overflow does: the scaler skips the step of the optimiser that overflowed, and
-        halves the scale; here, terms of gradients that are not finite are left out. Other terms
-        stay, and with a scale below 1 all do: then the monitor stops the run."""
+        What an fp16 overflow does: an optimiser whose gradients overflowed skips its step, the
+        scale is halved, and here the terms of those gradients are left out. But a loss that is not
+        finite, and any term once the scale is below 1, stays: then the monitor stops the run."""
         series = {}
         for terms in self.unread:
             for name, value in terms.items():
@@ -1156,16 +1156,16 @@ class Trainer:
         write_whole(self.folder / "last.pt", self.state_dict(), self.folder / "previous.pt")
 
     def report_collapse(self, error):
-        """Let previous.pt take the place of last.pt, which may be damaged already: a collapse is
-        noticed within 50 steps. Write collapse.json, collapse.png (rows: image, that save, now)."""
+        """Make previous.pt the new last.pt, for a collapse shows up to 50 steps late, and last.pt
+        may have it. Write collapse.json, collapse.png (rows: image, that save, now)."""
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
         if RANK == 0 and previous.exists():
             os.replace(previous, last)
         report = dict(vars(error), signs=self.monitor.values, limits=self.monitor.limits)
         write_whole(self.folder / "collapse.json", json.dumps(report, indent=1).encode())
-        before, saved = load_autoencoder(last)
-        before.to(self.device)
-        save_grid(self.folder / "collapse.png", self.val_set, self.device, before, self.vae)
+        restored, saved = load_autoencoder(last)
+        restored.to(self.device)
+        save_grid(self.folder / "collapse.png", self.val_set, self.device, restored, self.vae)
         tqdm.write(f"{last} is that of step {saved['step']}, from which the remedy's flags go on")
 
     PARTS = ("vae", "disc", "opt_vae", "opt_disc", "scaler", "warm_up", "monitor")
@@ -1243,23 +1243,22 @@ def train(cfg, signals=(), trainer=Trainer):
             record = run.read_record()
             if run.has_gan:
                 run.warm_up.observe(record["rec_loss"], run.step)
-            is_done, collapse = run.step == cfg.steps, None
+            is_done, error = run.step == cfg.steps, None
             try:
                 run.monitor.assert_healthy(run.step, record)
-            except CollapseError as error:
-                record["event"] = str(error)
-                if cfg.on_collapse == "stop" or error.sign == "non_finite":
-                    collapse = error
-            if collapse is None and (is_done or run.step % cfg.sample_every == 0):
+            except CollapseError as collapse:
+                error, record["event"] = collapse, str(collapse)
+            stops = error is not None and (cfg.on_collapse == "stop" or error.sign == "non_finite")
+            if not stops and (is_done or run.step % cfg.sample_every == 0):
                 record |= run.validate()
             if RANK == 0:  # before the save, or a kill could lose the record
                 with open(run.folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-            if collapse is not None:
-                run.report_collapse(collapse)
-                raise collapse
-            if "event" in record:
-                tqdm.write(record["event"])
+            if stops:
+                run.report_collapse(error)
+                raise error
+            if error is not None:
+                tqdm.write(str(error))
             stop = average_over_ranks(torch.tensor(float(len(signals)))) > 0  # on any rank
             if is_done or stop or run.step % cfg.save_every == 0:
                 run.save()
