@@ -591,7 +591,7 @@ class CollapseMonitor:
         self.count = 0  # records so far
         self.history = []  # the newest 21 records
         self.values = {}  # {sign: its value} in the newest record
-        self.over = [{}]  # {sign: its value} over the limit, of the newest six records; {}: no one
+        self.over = [{}]  # {sign: its value} over the limit, of the newest six records; {}: none
         self.best_corr = 0.0
         self.peak_kl = 0.03  # largest kl_dim, within [0.03, 1]: a KL that never rose is gone, too
         self.best_level = dict(l2=math.inf, rec_loss=math.inf)  # dB
@@ -644,9 +644,9 @@ class CollapseMonitor:
         """The values of a term in the newest `count` records, of those that have it."""
         return [record[term] for record in self.history[-count:] if term in record]
 
-    def measure(self, terms):
+    def measure(self, record):
         """Set self.values from a record and the 20 before it, for the signs with terms."""
-        record, signs = dict(terms), {}
+        signs = {}
         self.history = [*self.history, record][-21:]
         self.count += 1
         if "grad_ratio" in record:
@@ -993,7 +993,8 @@ class Trainer:
             self.train_set = ImageFolder(cfg.data, size, True, cfg.seed, hold_out)
         if cfg.val or cfg.data:
             val_set = ImageFolder(cfg.val or cfg.data, size, False, cfg.seed, hold_out)
-        self.val_set = Subset(val_set, range(0, len(val_set), (len(val_set) + 255) // 256))
+        every = (len(val_set) + 255) // 256  # so that at most 256 images are measured
+        self.val_set = Subset(val_set, range(0, len(val_set), every))
 
         # Networks.
         torch.manual_seed(cfg.seed)
@@ -1259,12 +1260,12 @@ def train(cfg, signals=(), trainer=Trainer):
                 raise error
             if error is not None:
                 tqdm.write(str(error))
-            stop = average_over_ranks(torch.tensor(float(len(signals)))) > 0  # on any rank
-            if is_done or stop or run.step % cfg.save_every == 0:
+            interrupted = average_over_ranks(torch.tensor(float(len(signals)))) > 0  # on any rank
+            if is_done or interrupted or run.step % cfg.save_every == 0:
                 run.save()
             shown = [n for n in ("d_acc", "kl_dim", "l1", "lpips", "w") if n in record]
             bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
-            if stop and not is_done:
+            if interrupted and not is_done:
                 number = max(signals, default=signal.SIGTERM)  # that of another rank
                 raise KeyboardInterrupt(number, f"saved step {run.step}; the same command goes on")
     tqdm.write(f"{run.folder}: {run.step} steps done; a larger --steps goes on from here")
