@@ -986,13 +986,13 @@ class Trainer:
         self.unread = []  # terms since the last record
 
         # Data.
-        size, hold_out = cfg.image_size, 0 if cfg.val else 20
-        self.train_set = DeadLeaves(size, cfg.seed, length=10**9)
-        val_set = DeadLeaves(size, cfg.seed + 1, length=64)
+        hold_out = 0 if cfg.val else 20
+        self.train_set = DeadLeaves(cfg.image_size, cfg.seed, length=10**9)
+        val_set = DeadLeaves(cfg.image_size, cfg.seed + 1, length=64)
         if cfg.data:
-            self.train_set = ImageFolder(cfg.data, size, True, cfg.seed, hold_out)
+            self.train_set = ImageFolder(cfg.data, cfg.image_size, True, cfg.seed, hold_out)
         if cfg.val or cfg.data:
-            val_set = ImageFolder(cfg.val or cfg.data, size, False, cfg.seed, hold_out)
+            val_set = ImageFolder(cfg.val or cfg.data, cfg.image_size, False, cfg.seed, hold_out)
         every = (len(val_set) + 255) // 256  # so that at most 256 images are measured
         self.val_set = Subset(val_set, range(0, len(val_set), every))
 
